@@ -1,0 +1,1417 @@
+"""AWQ: Activation-aware Weight Quantization (Lin et al., arXiv 2306.00978), in one file.
+
+A linear layer computes Y = X W^T. Rounding W to a few bits hurts most in the input channels whose
+activations are large. AWQ multiplies those columns of W by s before rounding and divides the
+activations by s, which changes nothing else:
+
+    (W diag(s)) (diag(1/s) x) = W x                                                  scaling
+    L(s) = || Q(W diag(s)) diag(1/s) X - W X ||^2                                     (Eq. 4)
+    s = s_X^alpha,   alpha* = argmin L(s_X^alpha) over alpha = 0, 0.05, ..., 1        (Eq. 5)
+
+1/s costs nothing at inference: it is folded into the norm or the Linear that made x.
+
+    code        symbol       what it is
+    W           W            [N, K] weight: N outputs, K inputs
+    X           X            [T, K] calibration inputs, a row a token
+    s_X         s_X          [K] mean over tokens of |X|, the score of an input channel
+    s           s            [K] AWQ's channel scale (nothing else is called s)
+    alpha       alpha        exponent of Eq. 5; alpha = 0 is plain rounding (RTN)
+    C           X^T X / T    [K, K] Gram matrix (GPTQ's Hessian; here it is only read)
+    G           group size   channels of a row that share a step and a zero point
+    delta       Delta        [N, K/G] quantisation step, stored as float16
+    zero        z            [N, K/G] integer zero point
+    q           q            [N, K] integers in [0, 2^bits - 1];  W_hat = (q - zero) delta
+    shrink      -            [N, K/G] clipping: the part of a group's range that is kept
+
+L(s) needs no activations once C is known: with E = Q(W diag(s)) diag(1/s) - W,
+
+    || E X^T ||_F^2 / T = sum((E C) * E)
+
+so a candidate costs N K K multiply-adds whatever the number of tokens, and uses every token.
+
+What this file does not do: train or move weights (GPTQ does), quantise activations, embeddings,
+lm_head or fused 3-D expert parameters, or keep a table of architectures.
+"""
+import argparse
+import ast
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+BITS = (2, 3, 4, 8)
+
+# ----------------------------------------------------------------------------------------------
+# Quantise and dequantise
+# ----------------------------------------------------------------------------------------------
+
+
+def round_through(x):
+    """round(x) whose gradient is 1 (straight-through estimator); for refine="gradient"."""
+    return x + (x.round() - x).detach()
+
+
+def quantization_grid(W, bits, group_size, shrink=None, rounding=torch.round):
+    """delta and zero of every group: the range [min, max], widened to include 0, in 2^bits - 1 steps.
+
+    # not in the paper: without the widening a group whose weights share a sign collapses, because
+    # the zero point is clamped. delta is rounded to float16 here, before it is used: it is stored so.
+    """
+    N, K = W.shape
+    groups = W.view(N, K // group_size, group_size)         # [N, K/G, G]
+    low = groups.amin(-1).clamp(max=0)                      # [N, K/G]
+    high = groups.amax(-1).clamp(min=0)
+    if shrink is not None:
+        low, high = low * shrink, high * shrink
+    levels = 2 ** bits - 1
+    delta = ((high - low) / levels).half().float()
+    zero = rounding(-low / torch.where(delta > 0, delta, 1)).clamp(0, levels)
+    return delta, zero
+
+
+def round_to_grid(W, delta, zero, bits, rounding=torch.round):
+    """q = clamp(round(W / delta) + zero, 0, 2^bits - 1); a group with delta = 0 gets q = zero."""
+    N, K = W.shape
+    groups = W.view(N, delta.shape[1], -1)                  # [N, K/G, G]
+    steps = rounding(groups / torch.where(delta > 0, delta, math.inf)[..., None])
+    return (steps + zero[..., None]).clamp(0, 2 ** bits - 1).view(N, K)
+
+
+def quantize(W, bits=4, group_size=128, shrink=None):
+    """Round W [N, K] to integers: (q [N, K] uint8, delta [N, K/G] float16, zero [N, K/G] uint8).
+
+    Asymmetric, in groups of group_size along K (-1: one group a row), as in the AWQ checkpoint
+    format. shrink [N, K/G] in (0, 1] keeps that part of a group's range. An all-zero group comes
+    back as exactly 0. ValueError for bits, group_size or shape out of range, NaN or Inf in W, or a
+    step above float16's 65504.
+
+    >>> W = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])     # 2 bits: delta = 3 / 3, zero = round(1 / 1)
+    >>> q, delta, zero = quantize(W, bits=2, group_size=4)
+    >>> q.tolist(), delta.tolist(), zero.tolist()     # 0.5 / delta is a tie and rounds to even
+    ([[0, 1, 1, 3]], [[1.0]], [[1]])
+    >>> dequantize(q, delta, zero).tolist()
+    [[-1.0, 0.0, 0.0, 2.0]]
+    """
+    if W.ndim != 2:
+        raise ValueError(f"W has shape {tuple(W.shape)}: it must be [N, K]")
+    group_size = check_grid(bits, group_size, W.shape[1])
+    W = W.float().contiguous()
+    delta, zero = quantization_grid(W, bits, group_size, shrink)
+    if not torch.isfinite(delta).all():
+        raise ValueError("W contains NaN or Inf, or a group's range exceeds float16 steps: the "
+                         "weights must be finite and their step at most 65504")
+    q = round_to_grid(W, delta, zero, bits)
+    return q.to(torch.uint8), delta.half(), zero.to(torch.uint8)
+
+
+def dequantize(q, delta, zero):
+    """W_hat = (q - zero) delta, float32 [N, K]; the product of two short integers is exact."""
+    N, K = q.shape
+    groups = q.view(N, delta.shape[1], -1).float()
+    return ((groups - zero[..., None].float()) * delta[..., None].float()).view(N, K)
+
+
+def fake_quantize(W, bits, group_size, shrink=None, rounding=torch.round):
+    """Q(W): quantise and dequantise at once, float32 [N, K]."""
+    delta, zero = quantization_grid(W, bits, group_size, shrink, rounding)
+    return dequantize(round_to_grid(W, delta, zero, bits, rounding), delta, zero)
+
+
+def check_grid(bits, group_size, in_features=None):
+    """The group size in channels (-1 becomes in_features); ValueError if either is out of range."""
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits!r}: it must be one of {BITS}")
+    if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
+        raise ValueError(f"group_size is {group_size!r}: it must be -1 or a positive integer")
+    if in_features is None:
+        return group_size
+    if group_size == -1:
+        return in_features
+    if in_features % group_size:
+        raise ValueError(f"group_size is {group_size}: it must divide in_features {in_features}")
+    return group_size
+
+
+# ----------------------------------------------------------------------------------------------
+# Pack and unpack
+# ----------------------------------------------------------------------------------------------
+
+NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column 8 c + NIBBLE_ORDER[i]
+
+
+def packed_width(columns, bits):
+    """int32 words in a packed row of `columns` values."""
+    return columns // 8 if bits == 4 else -(-columns // 32) * bits
+
+
+def pack(q, bits):
+    """Integers [R, N] to int32 words [R, packed_width(N, bits)].
+
+    4 bits: the AWQ GEMM order, nibble i (bits 4i..4i+3) of word c holds column
+    8 c + [0, 2, 4, 6, 1, 3, 5, 7][i]; N must be a multiple of 8. 2, 3 and 8 bits, which that format
+    does not have: 32 values in `bits` words, as one little-endian stream, zeros appended to N.
+    """
+    R, N = q.shape
+    if bits == 4:
+        if N % 8:
+            raise ValueError(f"q has {N} columns: 4-bit packing needs a multiple of 8")
+        nibbles = q.view(R, N // 8, 8)[..., NIBBLE_ORDER].int()
+        return (nibbles << torch.arange(0, 32, 4, device=q.device)).sum(-1, dtype=torch.int32)
+    q = nn.functional.pad(q, (0, -N % 32)).view(R, -1, 32)
+    stream = (q[..., None].int() >> torch.arange(bits, device=q.device)) & 1  # [R, N/32, 32, bits]
+    words = stream.view(R, -1, 32) << torch.arange(32, device=q.device)       # [R, words, 32]
+    return words.sum(-1, dtype=torch.int32)
+
+
+def unpack(words, bits, columns):
+    """The inverse of pack: int32 words to uint8 [R, columns]."""
+    R = words.shape[0]
+    if bits == 4:
+        nibbles = (words[..., None] >> torch.arange(0, 32, 4, device=words.device)) & 15
+        inverse = [NIBBLE_ORDER.index(i) for i in range(8)]
+        return nibbles[..., inverse].view(R, columns).to(torch.uint8)
+    stream = (words[..., None] >> torch.arange(32, device=words.device)) & 1  # [R, words, 32]
+    values = stream.view(R, -1, bits) << torch.arange(bits, device=words.device)
+    return values.sum(-1).to(torch.uint8)[:, :columns]
+
+
+# ----------------------------------------------------------------------------------------------
+# Statistics of the calibration inputs
+# ----------------------------------------------------------------------------------------------
+
+
+class InputStatistics:
+    """s_X [K] and C [K, K] of a layer's input, accumulated in float32 over micro-batches."""
+
+    def __init__(self, channels, device):
+        self.tokens = 0
+        self.absolute_sum = torch.zeros(channels, device=device)
+        self.square_sum = torch.zeros(channels, channels, device=device)
+
+    def update(self, X):
+        X = X.reshape(-1, X.shape[-1]).float()
+        self.tokens += len(X)
+        self.absolute_sum += X.abs().sum(0)
+        self.square_sum.addmm_(X.T, X)
+
+    @property
+    def s_X(self):
+        return self.absolute_sum / max(self.tokens, 1)
+
+    @property
+    def C(self):
+        return self.square_sum / max(self.tokens, 1)
+
+
+# ----------------------------------------------------------------------------------------------
+# The loss and the search for s
+# ----------------------------------------------------------------------------------------------
+
+
+def gram_loss(E, C):
+    """|| E X^T ||_F^2 / T = sum((E C) * E), for E [N, K] and C [K, K] = X^T X / T."""
+    return ((E @ C) * E).sum()
+
+
+def channel_scale(s_X, alpha):
+    """s = s_X^alpha / sqrt(max(s) min(s))  (Eq. 5; the division centres s around 1)."""
+    # not in the paper: dead channels count as 1e-4 of the largest, so that 1/s stays finite.
+    s = s_X.clamp(min=s_X.max().item() * 1e-4 or 1.0) ** alpha
+    return s / (s.max() * s.min()).sqrt()
+
+
+def diagonal_blocks(C, group_size):
+    """[K/G, G, G]: the part of C that couples channels of one quantisation group."""
+    groups = C.shape[0] // group_size
+    index = torch.arange(groups, device=C.device)
+    return C.view(groups, group_size, groups, group_size)[index, :, index]
+
+
+def group_losses(E, blocks):
+    """[N, K/G]: e C_gg e^T for the error e [G] of each row in each group."""
+    groups, G, _ = blocks.shape
+    E = E.view(-1, groups, G).transpose(0, 1)               # [K/G, N, G]
+    return ((E @ blocks) * E).sum(-1).T
+
+
+SHRINKS = tuple(1 - i / 20 for i in range(11))  # 1, 0.95, ..., 0.5
+
+
+def search_shrink(W, blocks, bits, group_size):
+    """Per row and group, the shrink of the range with the least e C_gg e^T  (clipping). [N, K/G]"""
+    best = torch.full((W.shape[0], W.shape[1] // group_size), math.inf, device=W.device)
+    shrink = torch.ones_like(best)
+    for kept in SHRINKS:
+        losses = group_losses(fake_quantize(W, bits, group_size, kept) - W, blocks)
+        shrink = torch.where(losses < best, kept, shrink)
+        best = torch.minimum(best, losses)
+    return shrink
+
+
+class Scaling(NamedTuple):
+    """What the search chose for the layers of one input."""
+
+    s: torch.Tensor                 # [K]
+    shrink: torch.Tensor | None     # [N, K/G], or None: nothing is clipped
+    alpha: float
+    loss_rtn: float                 # L at s = 1 without clipping
+    loss: float                     # L of the choice
+    curve: list                     # (alpha, L unclipped, L clipped or None) for every alpha tried
+
+
+def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=lambda s: s):
+    """argmin over alpha of L(s_X^alpha), Eq. 4 and 5, clipping searched inside the loop.
+
+    W [N, K] float32: the weights of all layers that share the input, stacked. alphas: the grid,
+    0, 0.05, ..., 1 unless given. storable(s): the s that a folded norm really divides by once
+    its gain is rounded to its dtype. Every alpha is scored unclipped and clipped and the least loss
+    wins, so the choice is never above RTN's loss nor above that of RTN with clipping.
+    """
+    # not in the paper: it clips after alpha is chosen, which can end above clipping alone.
+    best, curve, loss_rtn = None, [], None
+    for alpha in [i / 20 for i in range(21)] if alphas is None else alphas:
+        s = storable(channel_scale(s_X, alpha))
+        losses = []
+        for shrink in [None] + ([search_shrink_scaled(W, C, s, bits, group_size)] if clip else []):
+            losses.append(scaled_loss(W, C, s, shrink, bits, group_size).item())
+            if best is None or losses[-1] < best.loss:
+                best = Scaling(s, shrink, alpha, 0.0, losses[-1], curve)
+        loss_rtn = losses[0] if alpha == 0 else loss_rtn
+        curve.append((alpha, losses[0], losses[1] if clip else None))
+    return best._replace(loss_rtn=loss_rtn)
+
+
+def scaled_loss(W, C, s, shrink, bits, group_size):
+    """L(s) = || Q(W diag(s)) diag(1/s) X - W X ||^2 / T  (Eq. 4), through C."""
+    return gram_loss(fake_quantize(W * s, bits, group_size, shrink) / s - W, C)
+
+
+def search_shrink_scaled(W, C, s, bits, group_size):
+    """search_shrink for W diag(s), whose inputs have the Gram matrix C / (s s^T)."""
+    blocks = diagonal_blocks(C, group_size)
+    s_g = s.view(-1, group_size)                            # [K/G, G]
+    return search_shrink(W * s, blocks / (s_g[:, :, None] * s_g[:, None]), bits, group_size)
+
+
+# ----------------------------------------------------------------------------------------------
+# Refinement: single channels of s (optional; not in the paper)
+# ----------------------------------------------------------------------------------------------
+
+
+def refine_gradient(W, C, found, bits, group_size, rows, steps=80, lr=0.02):
+    """Adam on log s from the grid's answer, through the straight-through gradient of L(s).
+
+    The loss is the unclipped one: the clipping is a minimum found for one s and gets worse in every
+    direction, so refine_scale searches it again. rows [K]: channels with an equal number keep an
+    equal s (repeated heads). Returns the best s seen.
+    """
+    _, index = rows.unique(return_inverse=True)
+    start = found.s.new_zeros(int(index.max()) + 1).scatter(0, index, found.s)
+    log_s = start.log().requires_grad_()
+    optimizer = torch.optim.Adam([log_s], lr=lr)
+    best_loss, best = math.inf, found.s
+    with torch.enable_grad():
+        for _ in range(steps):
+            s = log_s.exp()[index]
+            E = fake_quantize(W * s, bits, group_size, None, round_through) / s - W
+            loss = gram_loss(E, C)
+            if loss.item() < best_loss:
+                best_loss, best = loss.item(), s.detach()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return best
+
+
+def refine_grid(W, C, found, bits, group_size, rows, factors=(0.5, 0.75, 0.9, 1.1, 1.25, 1.5)):
+    """Multiply single channels of s by the factors and keep what lowers L(s).
+
+    Groups are quantised independently, so one channel of every group is tried at a time: with
+    D = E_new - E, moving group g alone changes L by 2 <(E C)_g, D_g> + <D_g C_gg, D_g>. Channels
+    that must stay equal (rows, see refine_gradient) are left as they are.
+    """
+    _, index, count = rows.unique(return_inverse=True, return_counts=True)
+    if (count > 1).any():
+        return found.s
+    N, K = W.shape
+    blocks, s = diagonal_blocks(C, group_size), found.s.clone()
+    E = fake_quantize(W * s, bits, group_size, found.shrink) / s - W
+    EC = E @ C
+    for j in range(group_size):
+        change = s.new_zeros(K // group_size)               # best change of L in each group
+        D, scale = torch.zeros_like(E), s.clone()
+        for factor in factors:
+            trial = s.clone()
+            trial[j::group_size] *= factor
+            step = fake_quantize(W * trial, bits, group_size, found.shrink) / trial - W - E
+            gain = (2 * (EC * step).view(N, -1, group_size).sum((0, 2))
+                    + group_losses(step, blocks).sum(0))
+            better = (gain < change).repeat_interleave(group_size)
+            change = torch.minimum(change, gain)
+            D, scale = torch.where(better, step, D), torch.where(better, trial, scale)
+        if 2 * (EC * D).sum() + gram_loss(D, C) >= 0:       # the moves together may not help:
+            alone = torch.zeros(K, dtype=torch.bool, device=s.device)
+            alone.view(-1, group_size)[change.argmin()] = True  # then keep the best group's
+            D, scale = torch.where(alone, D, 0), torch.where(alone, scale, s)
+        E, EC, s = E + D, EC + D @ C, scale
+    return s
+
+
+REFINEMENTS = {"grid": refine_grid, "gradient": refine_gradient}
+
+
+def refine_scale(W, C, found, bits, group_size, clip, refine, rows, storable=lambda s: s):
+    """Refine the grid's answer (refine = "grid" or "gradient"); never returns a worse one."""
+    s = storable(REFINEMENTS[refine](W, C, found, bits, group_size, rows))
+    for shrink in [found.shrink] + ([search_shrink_scaled(W, C, s, bits, group_size)] if clip else []):
+        loss = scaled_loss(W, C, s, shrink, bits, group_size).item()
+        if loss < found.loss:
+            found = found._replace(s=s, shrink=shrink, loss=loss)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------
+# Where 1/s goes: folds, found by tracing a block and proven by powers of two
+# ----------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """The arguments a model gave one of its blocks; `args[0]` or `hidden_states` is the input."""
+
+    args: tuple
+    kwargs: dict
+
+    @property
+    def hidden(self):
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def with_hidden(self, hidden):
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, "hidden_states": hidden})
+
+    def to(self, *target):
+        """Every tensor moved to a device; with a dtype, floating-point tensors cast to it."""
+        def move(x):
+            if not isinstance(x, torch.Tensor):
+                return x
+            casts = x.is_floating_point() or not any(isinstance(t, torch.dtype) for t in target)
+            return x.to(*target) if casts else x
+        return Call(*torch.utils._pytree.tree_map(move, tuple(self)))
+
+
+def hidden_of(output):
+    """A block's hidden states: blocks return them alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def run_block(block, call):
+    return hidden_of(block(*call.args, **call.kwargs))
+
+
+class Fold(NamedTuple):
+    """How s leaves: a module of the same block whose output channels are divided by s."""
+
+    producer: str           # name of the module within the block
+    kind: str               # "gain": weight / s; "1 + gain": (1 + weight) / s - 1; "rows": rows / s
+    rows: torch.Tensor      # [K]: the producer's output channel behind each input channel
+
+
+class Group(NamedTuple):
+    """The Linears of a block that read the same tensor: they share s."""
+
+    layers: tuple           # names within the block
+    fold: Fold | None
+
+
+@torch.no_grad()
+def divide_output(producer, kind, rows, s):
+    """Divide the producer's output channels by s [K] (equal where rows are). In place."""
+    if kind == "rows":
+        factor = torch.ones(producer.weight.shape[0], dtype=s.dtype, device=s.device)
+        factor[rows] = s
+        producer.weight.copy_(producer.weight.to(s.dtype) / factor[:, None])
+    else:
+        factor = s
+        offset = 1.0 if kind == "1 + gain" else 0.0
+        producer.weight.copy_((producer.weight.to(s.dtype) + offset) / s - offset)
+    if getattr(producer, "bias", None) is not None:
+        producer.bias.copy_(producer.bias.to(s.dtype) / factor)
+
+
+def storable_scale(producer, kind):
+    """s -> the s that divide_output really divides by, after rounding to the gain's dtype."""
+    gain = producer.weight.detach()
+    offset = 1.0 if kind == "1 + gain" else 0.0
+
+    def storable(s):
+        if kind == "rows" or gain.dtype == torch.float32:
+            return s
+        before = gain.float() + offset
+        after = (before / s - offset).to(gain.dtype).float() + offset
+        return torch.where((after * before > 0) & after.isfinite(), before / after, s)
+    return storable
+
+
+def trace_block(block, call):
+    """Names of leaf modules in the order they run, and of Linears grouped by the tensor they read."""
+    order, readers, alive, hooks = [], {}, [], []
+
+    def watch(name, module):
+        def record(module, args, kwargs):
+            order.append(name)
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor):
+                alive.append(x)     # so that no other tensor takes its address
+                key = (x.data_ptr(), x._version, x.shape[-1], x.numel())
+                readers.setdefault(key, []).append(name)
+        return module.register_forward_pre_hook(record, with_kwargs=True)
+
+    for name, module in block.named_modules():
+        if not list(module.children()):
+            hooks.append(watch(name, module))
+    try:
+        run_block(block, call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return order, list(readers.values())
+
+
+def probe_copy(block):
+    """A float32 copy of the block whose norm gains are multiples of 1/16.
+
+    Whether a fold is right depends on the block's structure, not on its weights; with these gains
+    (1 + gain) / p - 1 is exact for the powers of two p of the probe.
+    """
+    block = copy.deepcopy(block).float()
+    generator = torch.Generator().manual_seed(0)
+    for module in block.modules():
+        gain = getattr(module, "weight", None)
+        if isinstance(gain, torch.Tensor) and gain.ndim == 1:
+            values = torch.randint(4, 13, gain.shape, generator=generator) / 16
+            gain.data.copy_(values)
+    return block
+
+
+def fold_is_exact(block, call, layers, fold):
+    """Prove a fold: scale by random powers of two, which is exact, and compare to the last bit.
+
+    True if the block's output changes when only the producer is divided, and is bitwise the first
+    one again when the columns of `layers` are multiplied. A residual that also reads the norm, or a
+    GELU between producer and layers, fails here; so does a fold that has no effect at all.
+    """
+    trial = copy.deepcopy(block)
+    generator = torch.Generator().manual_seed(1)
+    powers = 2.0 ** torch.randint(-2, 3, (int(fold.rows.max()) + 1,), generator=generator)
+    s = powers[fold.rows].to(call.hidden.device)
+    expected = run_block(trial, call)
+    divide_output(trial.get_submodule(fold.producer), fold.kind, fold.rows.to(s.device), s)
+    if torch.equal(run_block(trial, call), expected):
+        return False
+    for name in layers:
+        trial.get_submodule(name).weight.data *= s
+    return torch.equal(run_block(trial, call), expected)
+
+
+def trace_rows(block, call, producer, layer, first, count):
+    """Which of `count` rows of the producer, from `first`, makes each input channel of layer: [K].
+
+    The first token attends only to itself, so there attention hands v through unchanged, whatever
+    q and k are. Doubling rows then doubles exactly the channels they make, and doubling the rows
+    whose number has bit b set, for every b, spells each channel's row number in binary. None when
+    some channel does anything but stay or double. fold_is_exact has the last word.
+    """
+    def first_token():
+        seen = []
+        hook = trial.get_submodule(layer).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        run_block(trial, call)
+        hook.remove()
+        return seen[0].view(*call.hidden.shape[:2], -1)[:, 0].clone()
+
+    trial = copy.deepcopy(block)
+    module = trial.get_submodule(producer)
+    expected = first_token()
+    number = torch.arange(1, count + 1)
+    code = torch.zeros(expected.shape[-1], dtype=torch.long)
+    for bit in range(count.bit_length()):
+        chosen = first + (number >> bit & 1).nonzero().flatten()
+        chosen = chosen.to(module.weight.device)
+        for p in module.parameters(recurse=False):
+            p.data[chosen] *= 2
+        z = first_token()
+        for p in module.parameters(recurse=False):
+            p.data[chosen] /= 2
+        same, doubled = (z == expected).all(0), (z == 2 * expected).all(0)
+        if not (same ^ doubled).all():
+            return None
+        code |= doubled.cpu().long() << bit
+    return first + code - 1 if (code > 0).all() else None
+
+
+def candidate_folds(block, call, order, layers):
+    """Possible folds for layers, from the modules that ran before them, nearest first."""
+    K = block.get_submodule(layers[0]).in_features
+    before = order[:min(order.index(name) for name in layers)]
+    for name in dict.fromkeys(reversed(before)):
+        producer = block.get_submodule(name)
+        gain = getattr(producer, "weight", None)
+        if not isinstance(producer, nn.Linear):
+            if isinstance(gain, torch.Tensor) and gain.shape == (K,):
+                yield Fold(name, "gain", torch.arange(K))
+                yield Fold(name, "1 + gain", torch.arange(K))
+            continue
+        R = producer.out_features
+        if R == K:
+            yield Fold(name, "rows", torch.arange(K))
+            continue
+        for first, count in {(0, R): 0, (R - K, K): 0, (0, K): 0}:   # all rows, the last, the first
+            if 0 <= first and first + count <= R:
+                rows = trace_rows(block, call, name, layers[0], first, count)
+                if rows is not None:
+                    yield Fold(name, "rows", rows)
+
+
+@torch.no_grad()
+def plan_block(block, call, bits, group_size):
+    """The groups of Linears of a block, each with its proven fold, and the Linears left alone.
+
+    Returns ([Group, ...] in the order they run, {layer name: reason}).
+    """
+    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    block, call = probe_copy(block), call.to(torch.float32)
+    order, readers = trace_block(block, call)
+    groups = []
+    skipped = {name: "not reached when the block ran" for name in linears if name not in order}
+    for layers in readers:
+        reasons = {name: reason_to_skip(block.get_submodule(name), bits, group_size)
+                   if order.count(name) == 1 else "used more than once in the block"
+                   for name in layers}
+        if any(reasons.values()):
+            shares = "shares its input with a layer that cannot be quantised"
+            skipped.update({name: reason or shares for name, reason in reasons.items()})
+            continue
+        proven = (fold for fold in candidate_folds(block, call, order, layers)
+                  if fold_is_exact(block, call, layers, fold))
+        groups.append(Group(tuple(layers), next(proven, None)))
+    return groups, skipped
+
+
+def reason_to_skip(layer, bits, group_size):
+    """Why a Linear cannot be stored in the checkpoint format, or None."""
+    if group_size != -1 and layer.in_features % group_size:
+        return f"in_features {layer.in_features} is not a multiple of group_size {group_size}"
+    if layer.out_features % 8:
+        return f"out_features {layer.out_features} is not a multiple of 8"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------
+# The model walk
+# ----------------------------------------------------------------------------------------------
+
+
+def find_blocks(model):
+    """(name, ModuleList) of the decoder blocks: the list that holds most of the parameters."""
+    lists = [(name, module) for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"model {type(model).__name__} has no nn.ModuleList of blocks to quantise")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def replace_conv1d(model):
+    """transformers' Conv1D (GPT-2) stores W^T: turn every one into the nn.Linear that it is."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            K, N = module.weight.shape
+            linear = nn.Linear(K, N, device="meta")
+            linear.weight = nn.Parameter(module.weight.data.T.contiguous(), requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+
+
+@torch.no_grad()
+def record_calls(model, blocks, tokens):
+    """Run the backbone on a few tokens and keep the arguments of each block: [Call, ...]."""
+    calls = {}
+
+    def keep(index):
+        def record(_, args, kwargs):
+            if index in calls:
+                raise ValueError(f"block {index} runs more than once in a forward pass: "
+                                 "shared blocks are not supported")
+            copies = Call(args, kwargs)
+            calls[index] = copies.with_hidden(copies.hidden.clone())
+        return record
+
+    hooks = [block.register_forward_pre_hook(keep(i), with_kwargs=True)
+             for i, block in enumerate(blocks)]
+    try:
+        model.base_model(input_ids=tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if sorted(calls) != list(range(len(blocks))):
+        raise ValueError(f"blocks {sorted(set(range(len(blocks))) - set(calls))} did not run")
+    return [calls[i] for i in range(len(blocks))]
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the first block."""
+
+
+def embed(model, first_block, tokens):
+    """The Call that the model makes of its first block for tokens."""
+    def stop(_, args, kwargs):
+        raise _Reached(Call(args, kwargs))
+
+    hook = first_block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model.base_model(input_ids=tokens, use_cache=False)
+    except _Reached as reached:
+        return reached.args[0]
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def walk_blocks(model, blocks, tokens, batch_size, device, visit):
+    """Drive the model's own forward once and let visit(index, block, run, states) see every block.
+
+    states is the list of all micro-batches' hidden states before the block, run(state) the block's
+    output for one of them. After visit, which may change the block, the states advance through it.
+    The model runs on the first micro-batch only: its arguments for each block (masks, rotary tables)
+    serve the others, which have the same shape; it is an error if they depend on the tokens.
+    """
+    batches = tokens.split(largest_divisor(len(tokens), batch_size))
+    calls = [embed(model, blocks[0], batch) for batch in batches]
+    empty = torch.zeros(())
+    for call in calls[1:]:
+        if not same_tree(call.with_hidden(empty), calls[0].with_hidden(empty)):
+            raise ValueError("the blocks' keyword arguments depend on the tokens: not supported")
+    states = [call.hidden.to(device) for call in calls]
+    del calls
+
+    def advance(index, block):
+        original, home = block.forward, next(block.parameters()).device
+
+        def forward(*args, **kwargs):
+            call = Call(args, kwargs).to(device)
+            if not torch.equal(call.hidden, states[0]):
+                raise ValueError(f"the model changes the hidden states before block {index}: "
+                                 "not supported")
+
+            def output(state):
+                call_here = call.with_hidden(state)
+                return original(*call_here.args, **call_here.kwargs)
+
+            block.to(device)
+            visit(index, block, lambda state: hidden_of(output(state)), states)
+            for i, state in enumerate(states):
+                result = output(state)
+                states[i] = hidden_of(result)
+                first = result if i == 0 else first
+                if not states[i].isfinite().all():
+                    raise ValueError(f"the output of block {index} contains NaN or Inf")
+            block.to(home)
+            return torch.utils._pytree.tree_map(
+                lambda x: x.to(home) if isinstance(x, torch.Tensor) else x, first)
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = advance(index, block)
+    try:
+        model.base_model(input_ids=batches[0], use_cache=False)
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def largest_divisor(n, limit):
+    """The largest divisor of n that is at most limit."""
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def same_tree(a, b):
+    """Equal nested arguments, tensors compared by value."""
+    leaves_a, shape_a = torch.utils._pytree.tree_flatten(a)
+    leaves_b, shape_b = torch.utils._pytree.tree_flatten(b)
+    return shape_a == shape_b and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+        else x is y or type(x) is type(y) for x, y in zip(leaves_a, leaves_b))
+
+
+def collect_statistics(block, groups, run, states):
+    """InputStatistics of every group, from one pass of all micro-batches through the block."""
+    statistics, hooks = [], []
+    for group in groups:
+        layer = block.get_submodule(group.layers[0])
+        entry = InputStatistics(layer.in_features, layer.weight.device)
+        statistics.append(entry)
+        hooks.append(layer.register_forward_pre_hook(
+            lambda _, args, kwargs, entry=entry: entry.update(args[0] if args else kwargs["input"]),
+            with_kwargs=True))
+    try:
+        for state in states:
+            run(state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return statistics
+
+
+@torch.no_grad()
+def quantize_group(block, group, statistics, call, bits, group_size, scale, clip, refine):
+    """Search s, fold it, clip and pack the layers of one group; returns its line of the report."""
+    layers = [block.get_submodule(name) for name in group.layers]
+    W = torch.cat([layer.weight.float() for layer in layers])       # [N, K], rows stacked
+    C, s_X = statistics.C, statistics.s_X
+    if not (C.isfinite().all() and s_X.isfinite().all()):
+        raise ValueError(f"the input of {group.layers[0]} contains NaN or Inf")
+    G = check_grid(bits, group_size, W.shape[1])
+    rows, storable, fold = torch.arange(W.shape[1], device=W.device), lambda s: s, group.fold
+    scale = scale and fold is not None
+    if scale:
+        rows = fold.rows.to(W.device)
+        storable = storable_scale(block.get_submodule(fold.producer), fold.kind)
+        s_X = shared_score(s_X, rows)
+    found = search_scale(W, C, s_X, bits, G, clip, None if scale else [0.0], storable)
+    if scale and refine:
+        found = refine_scale(W, C, found, bits, G, clip, refine, rows, storable)
+    if scale:
+        apply_fold(block, group, call, found.s)
+    start = 0
+    for name, layer in zip(group.layers, layers):
+        stop = start + layer.out_features
+        shrink = None if found.shrink is None else found.shrink[start:stop]
+        packed = AWQLinear.from_weight(W[start:stop] * found.s, layer.bias, bits, G, shrink)
+        block.set_submodule(name, packed)
+        start = stop
+    return {"layers": list(group.layers), "folded_into": fold.producer if scale else None,
+            "fold": fold.kind if scale else None, "alpha": found.alpha,
+            "loss_rtn": found.loss_rtn, "loss": found.loss, "curve": found.curve}
+
+
+def shared_score(s_X, rows):
+    """s_X averaged over the input channels that one producer row makes (repeated heads). [K]"""
+    sums = s_X.new_zeros(int(rows.max()) + 1)
+    counts = sums.index_add(0, rows, torch.ones_like(s_X))
+    return (sums.index_add(0, rows, s_X) / counts.clamp(min=1))[rows]
+
+
+FOLD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def apply_fold(block, group, call, s):
+    """Fold s into its producer, and check that the block's output on a few tokens is unchanged."""
+    expected = run_block(block, call).float()
+    divide_output(block.get_submodule(group.fold.producer), group.fold.kind,
+                  group.fold.rows.to(s.device), s)
+    for name in group.layers:
+        weight = block.get_submodule(name).weight
+        weight.data = (weight.float() * s).to(weight.dtype)
+    error = (run_block(block, call).float() - expected).norm() / expected.norm()
+    if not error < FOLD_TOLERANCE[call.hidden.dtype]:
+        raise RuntimeError(f"folding s into {group.fold.producer} changed the block's output by "
+                           f"{error:.2%}: the block does not behave as the one it was proven on")
+
+
+@torch.no_grad()
+def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None, scale=True,
+                   device=None, batch_size=8, progress=True):
+    """Replace the Linears of a transformers causal LM's blocks by AWQLinear, in place.
+
+    model: a decoder-only AutoModelForCausalLM, float32, float16 or bfloat16, in CPU or CUDA memory.
+    tokens: calibration token ids [samples, length], an integer tensor.
+    clip, scale: search the clipping, the scale s; with neither the result is plain rounding (RTN).
+    refine: None, "grid" or "gradient", a search over single channels from the grid's answer.
+    device: where a block is while it is worked on (default: CUDA if there is one).
+    batch_size: at most so many samples run through a block at once.
+
+    Returns the report, a dict of "bits", "group_size", "seconds", "skipped" ({layer: reason}) and
+    "groups": a list of {"block", "layers", "folded_into", "fold", "alpha", "loss_rtn", "loss",
+    "curve"}, losses as in Eq. 4 per token, curve the (alpha, loss, loss clipped) of the grid.
+    ValueError for arguments out of range, NaN or Inf in a weight or activation, and when no layer
+    can be quantised. An error after the walk began leaves the model partly quantised.
+    """
+    start = time.time()
+    check_arguments(model, tokens, bits, group_size, refine)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else model.device))
+    model.eval()
+    replace_conv1d(model)
+    prefix, blocks = find_blocks(model)
+    tokens = tokens.to(model.device)
+    calls = record_calls(model, blocks, tokens[:2, :16])
+    plans, skipped = plan_blocks(prefix, blocks, calls, bits, group_size)
+    skipped.update(skip_outside(model, prefix))
+    groups = []
+    with tqdm(total=len(blocks), desc="quantising", unit="block", disable=not progress) as bar:
+
+        def visit(index, block, run, states):
+            plan, call = plans[index], calls[index].to(device)
+            statistics = collect_statistics(block, plan, run, states)
+            lines = []
+            forward = block.__dict__.pop("forward")     # the block itself, while folds are checked
+            while plan:     # last group first: a fold changes rows of groups that are still to come
+                group = plan.pop()
+                line = quantize_group(block, group, statistics.pop(), call, bits, group_size,
+                                      scale, clip, refine)
+                path = f"{prefix}.{index}."
+                line["layers"] = [path + name for name in line["layers"]]
+                line["folded_into"] = line["folded_into"] and path + line["folded_into"]
+                lines.append({"block": index, **line})
+            block.forward = forward
+            groups.extend(reversed(lines))
+            bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
+            bar.update()
+
+        walk_blocks(model, blocks, tokens, batch_size, device, visit)
+    report = {"bits": bits, "group_size": group_size, "groups": groups, "skipped": skipped}
+    model.config.quantization_config = checkpoint_config(bits, group_size, list(skipped))
+    return {**report, "seconds": time.time() - start}
+
+
+def loss_ratio(groups):
+    """Sum of the losses over the sum of RTN's, each layer group relative to ... its own RTN loss."""
+    ratios = [line["loss"] / line["loss_rtn"] for line in groups if line["loss_rtn"] > 0]
+    return sum(ratios) / max(len(ratios), 1)
+
+
+def check_arguments(model, tokens, bits, group_size, refine):
+    """ValueError unless quantize_model can start."""
+    check_grid(bits, group_size)
+    if not isinstance(getattr(model, "base_model", None), nn.Module) or not hasattr(model, "config"):
+        raise ValueError(f"model is a {type(model).__name__}: it must be a transformers causal LM")
+    if any(isinstance(module, AWQLinear) for module in model.modules()):
+        raise ValueError("model is quantised already: it must have full-precision weights")
+    if refine is not None and refine not in REFINEMENTS:
+        raise ValueError(f"refine is {refine!r}: it must be None or one of {list(REFINEMENTS)}")
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.numel() == 0 \
+            or tokens.is_floating_point():
+        shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens is {shape}: it must be an integer tensor [samples, length]")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}: they must be in "
+                         f"[0, {vocabulary})")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} contains NaN or Inf: weights must be finite")
+
+
+def plan_blocks(prefix, blocks, calls, bits, group_size):
+    """plan_block for every block, once per structure: ([groups of block 0, ...], {layer: reason})."""
+    plans, skipped, known = [], {}, {}
+    for index, (block, call) in enumerate(zip(blocks, calls)):
+        structure = repr(block) + repr([tuple(p.shape) for p in block.parameters()])
+        if structure not in known:
+            known[structure] = plan_block(block, call, bits, group_size)
+        groups, reasons = known[structure]
+        plans.append(list(groups))
+        skipped.update({f"{prefix}.{index}.{name}": reason for name, reason in reasons.items()})
+    if not any(plans):
+        raise ValueError(f"group_size is {group_size}: no layer can be quantised: "
+                         f"{'; '.join(sorted(set(skipped.values()))) or 'there is no nn.Linear'}")
+    return plans, skipped
+
+
+def skip_outside(model, prefix):
+    """{name: reason} for the Linears outside the decoder blocks (lm_head, projections)."""
+    return {name: "outside the decoder blocks" for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith(prefix + ".")}
+
+
+@torch.no_grad()
+def round_model(model, bits=4, group_size=128):
+    """RTN: plain rounding of the layers quantize_model would quantise, in place, without data.
+
+    Returns {"bits", "group_size", "groups": [], "skipped", "seconds"}; errors as quantize_model.
+    """
+    start = time.time()
+    token = torch.zeros(2, 1, dtype=torch.long)
+    check_arguments(model, token, bits, group_size, None)
+    replace_conv1d(model)
+    prefix, blocks = find_blocks(model)
+    skipped = skip_outside(model, prefix)
+    for name, layer in list(blocks.named_modules()):
+        if isinstance(layer, nn.Linear):
+            reason = reason_to_skip(layer, bits, group_size)
+            if reason:
+                skipped[f"{prefix}.{name}"] = reason
+            else:
+                blocks.set_submodule(name, AWQLinear.from_weight(
+                    layer.weight, layer.bias, bits, check_grid(bits, group_size, layer.in_features)))
+    model.config.quantization_config = checkpoint_config(bits, group_size, list(skipped))
+    return {"bits": bits, "group_size": group_size, "groups": [], "skipped": skipped,
+            "seconds": time.time() - start}
+
+
+# ----------------------------------------------------------------------------------------------
+# The packed layer
+# ----------------------------------------------------------------------------------------------
+
+
+class AWQLinear(nn.Module):
+    """nn.Linear with packed weights, its buffers named and laid out as in the checkpoint.
+
+    qweight [K, N/8] int32, qzeros [K/G, N/8] int32, scales [K/G, N] float16, bias [N] or None
+    (4 bits; for 2, 3 and 8 bits packed_width(N, bits) words a row). W[n, k] = (q - zero) delta, with
+    delta called scales there. forward takes [..., K] float32, float16 or bfloat16.
+    """
+
+    def __init__(self, in_features, out_features, bias=False, bits=4, group_size=128,
+                 dtype=None, device=None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, check_grid(bits, group_size, in_features)
+        width, groups = packed_width(out_features, bits), in_features // self.group_size
+        words = {"dtype": torch.int32, "device": device}
+        self.register_buffer("qweight", torch.zeros(in_features, width, **words))
+        self.register_buffer("qzeros", torch.zeros(groups, width, **words))
+        self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16,
+                                                   device=device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device)
+                             if bias else None)
+
+    @classmethod
+    def from_weight(cls, W, bias, bits, group_size, shrink=None):
+        """Quantise W [N, K] and pack it."""
+        N, K = W.shape
+        layer = cls(K, N, False, bits, group_size, device="meta")
+        q, delta, zero = quantize(W, bits, group_size, shrink)
+        layer.qweight, layer.qzeros = pack(q.T.contiguous(), bits), pack(zero.T.contiguous(), bits)
+        layer.scales = delta.T.contiguous()
+        layer.bias = None if bias is None else bias.detach().clone()
+        return layer
+
+    def dequantized_weight(self):
+        """W_hat [N, K] float32."""
+        q = unpack(self.qweight, self.bits, self.out_features).T.contiguous()
+        zero = unpack(self.qzeros, self.bits, self.out_features).T
+        return dequantize(q, self.scales.T, zero)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), self.bias)
+
+    def extra_repr(self):
+        return (f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Calibration text
+# ----------------------------------------------------------------------------------------------
+
+DATASETS = ("wikitext", "pileval", "pydoc")
+
+
+def load_documents(data, split="train"):
+    """The documents of `data`: "wikitext" or "pileval" (hub), "pydoc" (offline), a text file's path.
+
+    ValueError for an unknown name or an empty text, OSError for a hub that cannot be reached.
+    """
+    if data == "pydoc":
+        return stdlib_documents(split)
+    if data in ("wikitext", "pileval"):
+        from datasets import load_dataset
+        name, subset = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+                        "pileval": ("mit-han-lab/pile-val-backup", None)}[data]
+        if data == "pileval":
+            split = "validation[:4096]"
+        try:
+            return list(load_dataset(name, subset, split=split)["text"])
+        except OSError as error:
+            raise OSError(f"data set {data!r} ({name}) cannot be loaded from the hub: {error}; "
+                          "\"pydoc\" and text files work offline") from error
+    if isinstance(data, (str, os.PathLike)) and Path(data).is_file():
+        return [Path(data).read_text(encoding="utf-8")]
+    raise ValueError(f"data is {data!r}: it must be one of {DATASETS} or an existing text file")
+
+
+def calibration_tokens(calib_data, tokenizer, samples=128, seq_len=512, seed=0):
+    """[samples, seq_len] token ids from calib_data, without padding.
+
+    calib_data: a name or path for load_documents ("train" split), a list of strings, or a tensor
+    [samples, length], which is returned as it is. Documents are joined by blank lines, tokenised
+    and cut to windows of seq_len; the seed chooses `samples` of them. ValueError if there are fewer.
+    """
+    if isinstance(calib_data, torch.Tensor):
+        return calib_data
+    if isinstance(calib_data, (list, tuple)):
+        if not all(isinstance(text, str) for text in calib_data):
+            raise ValueError("calib_data is a list with items that are not strings: it must be text")
+        documents = calib_data
+    else:
+        documents = load_documents(calib_data)
+    ids = tokenizer("\n\n".join(documents), verbose=False, return_tensors="pt").input_ids[0].long()
+    windows = ids[:len(ids) // seq_len * seq_len].view(-1, seq_len)
+    if len(windows) < samples:
+        raise ValueError(f"calib_data has {len(ids)} tokens, {len(windows)} windows of {seq_len}: "
+                         f"{samples} samples need {samples * seq_len} tokens")
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
+    return windows[chosen]
+
+
+def stdlib_documents(split, source=False):
+    """Offline text that every CPython carries: the language reference and the library's docstrings.
+
+    One document is a topic of pydoc_data.topics or all docstrings of a module (source=True: the
+    module's whole source). A hash of the topic's or top-level module's name sends one in ten to
+    split "test" and the rest to "train". Topics quote each other, so a paragraph of a "test"
+    document is also removed from every "train" document that repeats it.
+    """
+    from pydoc_data.topics import topics
+
+    named = dict(topics)
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if not all(part.isidentifier() for part in parts) or SKIPPED_FOLDERS & set(parts):
+            continue
+        text = path.read_text(encoding="utf-8")
+        named[".".join(parts)] = text if source else docstrings(text)
+    test = [text for name, text in named.items() if held_out(name)]
+    if split == "test":
+        return [text for text in test if text]
+    seen = {" ".join(paragraph.split()) for text in test for paragraph in text.split("\n\n")}
+    train = ["\n\n".join(paragraph for paragraph in text.split("\n\n")
+                         if " ".join(paragraph.split()) not in seen)
+             for name, text in named.items() if not held_out(name)]
+    return [text for text in train if text]
+
+
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "ensurepip"}
+
+
+def docstrings(source):
+    """All docstrings of a Python source text, in the order of the file, joined by blank lines."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes)))
+
+
+def held_out(name):
+    """True for one name in ten; `_pydatetime.x`, `_datetime` and `datetime` go the same way."""
+    module = name.split(".")[0]
+    module = module[3:] if module.startswith("_py") else module.lstrip("_")
+    return hashlib.sha256(module.encode()).digest()[0] % 10 == 0
+
+
+# ----------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------
+
+
+def checkpoint_config(bits, group_size, skipped):
+    """The quantization_config of config.json. 2, 3 and 8 bits are not in the AWQ GEMM format: they
+    get a version of their own, which other readers refuse."""
+    return {"quant_method": "awq", "bits": bits, "group_size": group_size, "zero_point": True,
+            "version": "gemm" if bits == 4 else "dense", "modules_to_not_convert": sorted(skipped)}
+
+
+def check_checkpoint_config(config):
+    """ValueError, naming the entry, for a quantization_config that this file cannot read."""
+    if config.get("quant_method") != "awq":
+        raise ValueError(f"quant_method is {config.get('quant_method')!r}: it must be 'awq'")
+    if "bits" not in config or "group_size" not in config:
+        raise ValueError("quantization_config has no bits or no group_size")
+    check_grid(config["bits"], config["group_size"])
+    expected = "gemm" if config["bits"] == 4 else "dense"
+    if str(config.get("version", "gemm")).lower() != expected:
+        raise ValueError(f"version is {config.get('version')!r}: with {config['bits']} bits it must "
+                         f"be {expected!r} (GEMV, Marlin and TinyChat layouts are not read)")
+    if config.get("zero_point") is False:
+        raise ValueError("zero_point is False: only checkpoints with zero points are read")
+
+
+def read_header(path):
+    """{tensor: (dtype, shape)} of a safetensors file; ValueError if the header and the file disagree."""
+    path = Path(path)
+    size = path.stat().st_size
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name}: only safetensors files are read")
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"{path.name} is truncated or not safetensors: its header of {length} "
+                             f"bytes does not fit in {size}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path.name}: its header is not JSON: {error}") from error
+    header.pop("__metadata__", None)
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if end > size - 8 - length:
+            raise ValueError(f"{path.name}: tensor {name} lies outside the file: it is truncated")
+        bits = int(re.sub(r"\D", "", entry["dtype"].split("_")[0]) or 8)     # "BOOL" has 8
+        if begin != position or 8 * (end - begin) != bits * math.prod(entry["shape"]):
+            raise ValueError(f"{path.name}: tensor {name} of type {entry['dtype']} and shape "
+                             f"{entry['shape']} does not fit bytes {begin} to {end}")
+        position = end
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def prepare_packed_layers(model, config, files):
+    """Put an AWQLinear where the files hold a packed layer; ValueError if a tensor does not fit."""
+    tensors = {}
+    for file in files:
+        tensors.update({name: (*entry, Path(file).name) for name, entry in read_header(file).items()})
+    packed = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    if not packed:
+        raise ValueError(f"{Path(files[0]).name}: no tensor is called *.qweight, though the config "
+                         "says quant_method awq")
+    modules = dict(model.named_modules())
+    for name in packed:
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{tensors[name + '.qweight'][2]}: {name} is packed, but the model "
+                             "has no nn.Linear of that name")
+        with torch.device("meta"):
+            new = AWQLinear(layer.in_features, layer.out_features, layer.bias is not None,
+                            config["bits"], config["group_size"], dtype=layer.weight.dtype)
+        for key, dtype in (("qweight", "I32"), ("qzeros", "I32"), ("scales", "F16")):
+            expected = (dtype, tuple(getattr(new, key).shape))
+            found = tensors.get(f"{name}.{key}")
+            if found is None or found[:2] != expected:
+                where = f"{found[2]}: " if found else ""
+                raise ValueError(f"{where}tensor {name}.{key} is {found and found[:2]}: "
+                                 f"it must be {expected}")
+        model.set_submodule(name, new)
+
+
+def register():
+    """Let transformers' own from_pretrained read AWQ checkpoints, with nothing else installed."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class AwqConfig(QuantizationConfigMixin):
+        def __init__(self, **config):
+            check_checkpoint_config(config)
+            self.__dict__.update(checkpoint_config(config["bits"], config["group_size"],
+                                                   config.get("modules_to_not_convert") or []))
+
+    class AwqQuantizer(HfQuantizer):
+        requires_calibration = True
+
+        def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+            prepare_packed_layers(model, self.quantization_config.to_dict(), checkpoint_files)
+            return model
+
+        def is_serializable(self, *args, **kwargs):
+            return True
+
+        @property
+        def is_trainable(self):
+            return False
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["awq"] = AwqConfig
+    auto.AUTO_QUANTIZER_MAPPING["awq"] = AwqQuantizer
+
+
+def check_target(folder):
+    """ValueError unless folder can be written: it must be absent or an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "a non-empty folder" if folder.is_dir() else "a file"
+        raise ValueError(f"folder {folder} is {what}: it must not exist or be empty")
+
+
+def save_quantized(model, folder, tokenizer=None):
+    """Write the quantised model (and tokenizer) to folder: config.json, safetensors, all or nothing.
+
+    Everything is written to `.NAME.partial` beside the folder, which is then renamed. ValueError if
+    the folder is a file or not empty, or if the model is not quantised.
+    """
+    folder = Path(folder).absolute()
+    check_target(folder)
+    if not any(isinstance(module, AWQLinear) for module in model.modules()):
+        raise ValueError("model has no AWQLinear: call quantize_model first")
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial, max_shard_size="5GB")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_quantized(folder, **kwargs):
+    """The model that save_quantized (or AutoAWQ) wrote, as transformers loads it: bit-identical.
+
+    kwargs go to AutoModelForCausalLM.from_pretrained. ValueError for a checkpoint with missing,
+    truncated or foreign tensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register()
+    if Path(folder).is_dir():
+        config_file = Path(folder) / "config.json"
+        if not config_file.is_file():
+            raise ValueError(f"folder {folder} has no config.json: it is not a checkpoint")
+        config = json.loads(config_file.read_text()).get("quantization_config")
+        if config is None:
+            raise ValueError(f"{config_file} has no quantization_config: it is not quantised")
+        check_checkpoint_config(config)
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            read_header(file)
+    kwargs.setdefault("dtype", "auto")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"checkpoint {folder}: tensors missing or of the wrong shape: "
+                         f"{sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))[:5]}")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------
+# The API that AutoAWQ had, and the command line
+# ----------------------------------------------------------------------------------------------
+
+
+class AutoAWQForCausalLM:
+    """A model with the methods AutoAWQ's users know; `.model` is the transformers model."""
+
+    def __init__(self, model, name, trust_remote_code=False):
+        self.model, self.name, self.trust_remote_code = model, name, trust_remote_code
+
+    @classmethod
+    def from_pretrained(cls, name, trust_remote_code=False, **kwargs):
+        """A full-precision model from a folder or the hub, in the dtype it is stored in."""
+        from transformers import AutoModelForCausalLM
+        kwargs.setdefault("dtype", "auto")
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code,
+                                                     **kwargs)
+        return cls(model, name, trust_remote_code)
+
+    @classmethod
+    def from_quantized(cls, folder, trust_remote_code=False, **kwargs):
+        """A quantised model from a folder or the hub: see load_quantized."""
+        model = load_quantized(folder, trust_remote_code=trust_remote_code, **kwargs)
+        return cls(model, folder, trust_remote_code)
+
+    def quantize(self, tokenizer=None, quant_config=None, calib_data="pileval", w_bit=4,
+                 q_group_size=128, version="GEMM", zero_point=True, max_calib_samples=128,
+                 max_calib_seq_len=None, seed=0, **options):
+        """Calibrate and quantise in place; returns the report of quantize_model.
+
+        quant_config, as in AutoAWQ, may hold w_bit, q_group_size, version and zero_point. calib_data:
+        see calibration_tokens. max_calib_seq_len: 512, or the model's positions if fewer. options
+        go to quantize_model. tokenizer: the model's own unless given.
+        """
+        settings = {"w_bit": w_bit, "q_group_size": q_group_size, "version": version,
+                    "zero_point": zero_point}
+        unknown = set(quant_config or {}) - set(settings)
+        if unknown:
+            raise ValueError(f"quant_config has {sorted(unknown)}: its keys are {list(settings)}")
+        settings.update(quant_config or {})
+        if str(settings["version"]).upper() != "GEMM" or settings["zero_point"] is not True:
+            raise ValueError(f"version is {settings['version']!r}, zero_point "
+                             f"{settings['zero_point']!r}: only 'GEMM' with True is written")
+        check_grid(settings["w_bit"], settings["q_group_size"])
+        if not isinstance(calib_data, torch.Tensor) and tokenizer is None:
+            tokenizer = self.tokenizer
+        length = sequence_length(self.model, max_calib_seq_len)
+        tokens = calibration_tokens(calib_data, tokenizer, max_calib_samples, length, seed)
+        return quantize_model(self.model, tokens, settings["w_bit"], settings["q_group_size"],
+                              **options)
+
+    @property
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+        return AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+
+    def save_quantized(self, folder, tokenizer=None):
+        """See save_quantized."""
+        save_quantized(self.model, folder, tokenizer)
+
+    def generate(self, *args, **kwargs):
+        with torch.inference_mode():
+            return self.model.generate(*args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def sequence_length(model, requested=None, default=512):
+    """requested, or `default` limited to the model's positions; ValueError if they are exceeded."""
+    positions = getattr(model.config, "max_position_embeddings", None) or default
+    if requested is None:
+        return min(default, positions)
+    if not 0 < requested <= positions:
+        raise ValueError(f"sequence length is {requested}: it must be in [1, {positions}]")
+    return requested
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Quantise a Hugging Face causal LM with AWQ.")
+    parser.add_argument("model", help="folder or hub name")
+    parser.add_argument("--save", required=True, metavar="DIR", help="where the checkpoint goes")
+    parser.add_argument("--bits", type=int, default=4, choices=BITS)
+    parser.add_argument("--group-size", type=int, default=128, help="-1: one group a row")
+    parser.add_argument("--calib", default="pileval",
+                        help=f"calibration text: {', '.join(DATASETS)} or a text file")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, help="tokens a sample (512)")
+    parser.add_argument("--refine", choices=list(REFINEMENTS))
+    parser.add_argument("--no-clip", action="store_true", help="do not search the clipping")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="where blocks are worked on (cuda if there is one)")
+    args = parser.parse_args()
+    try:
+        check_target(args.save)
+        wrapped = AutoAWQForCausalLM.from_pretrained(args.model)
+        tokenizer = wrapped.tokenizer
+        report = wrapped.quantize(
+            tokenizer, calib_data=args.calib, w_bit=args.bits, q_group_size=args.group_size,
+            max_calib_samples=args.samples, max_calib_seq_len=args.seq_len, seed=args.seed,
+            clip=not args.no_clip, refine=args.refine, device=args.device)
+        wrapped.save_quantized(args.save, tokenizer)
+    except (ValueError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        raise SystemExit(2)
+    print_report(report)
+    print(f"saved to {args.save}")
+
+
+def print_report(report):
+    """The report as Markdown: a line a group of layers, then what was skipped and why."""
+    print("| layers | 1/s folded into | alpha | loss / RTN's |")
+    print("|---|---|---|---|")
+    for line in report["groups"]:
+        layers = ", ".join(name.split(".", 3)[-1] for name in line["layers"])
+        ratio = line["loss"] / line["loss_rtn"] if line["loss_rtn"] else 1.0
+        print(f"| {line['block']}: {layers} | {line['folded_into'] or 'nothing: s = 1'} "
+              f"| {line['alpha']:.2f} | {ratio:.3f} |")
+    for name, reason in report["skipped"].items():
+        print(f"not quantised: {name}: {reason}")
+    print(f"{report['seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    from awq import main  # one module identity: classes pickled or saved are awq's, not __main__'s
+    main()

@@ -1,0 +1,261 @@
+"""The method: quantiser, packing, Gram loss, search. Oracles are plain loops and float64."""
+import doctest
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import awq
+from awq import BITS, dequantize, fake_quantize, pack, quantize, unpack
+
+
+@st.composite
+def weights(draw, max_groups=3):
+    """(W, bits, group_size): constructed, with zero, constant, one-sign and dead parts mixed in."""
+    group_size = draw(st.sampled_from([1, 3, 8, 32]))
+    groups = draw(st.integers(1, max_groups))
+    rows = draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2 ** 31)))
+    W = torch.randn(rows, groups * group_size, generator=generator)
+    W *= 10.0 ** draw(st.integers(-4, 4))
+    for row in range(rows):
+        for g in range(groups):
+            part = W[row, g * group_size:(g + 1) * group_size]
+            kind = draw(st.sampled_from(["plain", "zero", "constant", "positive", "negative", "one"]))
+            if kind == "zero":
+                part.zero_()
+            elif kind == "constant":
+                part.fill_(part[0].item())
+            elif kind == "positive":
+                part.abs_()
+            elif kind == "negative":
+                part.copy_(-part.abs())
+            elif kind == "one":
+                part[1:] = 0
+    return W, draw(st.sampled_from(BITS)), group_size
+
+
+def quantize_by_loop(W, bits, G):
+    """The quantiser of the checkpoint format, a weight at a time, in numpy float32 and float16."""
+    W = W.numpy()
+    N, K = W.shape
+    top = 2 ** bits - 1
+    q = np.zeros((N, K), np.uint8)
+    delta = np.zeros((N, K // G), np.float16)
+    zero = np.zeros((N, K // G), np.uint8)
+    for n in range(N):
+        for g in range(K // G):
+            group = W[n, g * G:(g + 1) * G]
+            low, high = min(group.min(), np.float32(0)), max(group.max(), np.float32(0))
+            delta[n, g] = np.float16((high - low) / np.float32(top))
+            step = np.float32(delta[n, g])
+            if step == 0:
+                continue
+            zero[n, g] = min(max(np.round(-low / step), 0), top)
+            for k in range(G):
+                q[n, g * G + k] = min(max(np.round(group[k] / step) + zero[n, g], 0), top)
+    return q, delta, zero
+
+
+def test_docstring_example_is_worked_by_hand():
+    """Four weights, two bits: every number can be checked on paper."""
+    result = doctest.testmod(awq)
+    assert result.attempted >= 4 and result.failed == 0
+
+
+@given(weights())
+def test_quantize_equals_a_loop(case):
+    W, bits, G = case
+    expected = quantize_by_loop(W, bits, G)
+    for ours, theirs in zip(quantize(W, bits, G), expected):
+        assert ours.numpy().dtype == theirs.dtype and np.array_equal(ours.numpy(), theirs)
+
+
+@given(weights())
+def test_error_is_at_most_half_a_step_inside_the_range(case):
+    """|W - W_hat| <= delta / 2 where q did not saturate; float16 holds the range to 2^-11."""
+    W, bits, G = case
+    q, delta, zero = quantize(W, bits, G)
+    step = delta.double().repeat_interleave(G, 1)
+    z = zero.double().repeat_interleave(G, 1)
+    inside = W.double().clamp(-z * step, (2 ** bits - 1 - z) * step)
+    error = (inside - dequantize(q, delta, zero).double()).abs()
+    assert (error <= step / 2 * (1 + 1e-5)).all()
+    # a step too small for float16 leaves the group at 0: an error below 2^-25 (2^bits - 1)
+    assert ((W.double() - inside).abs() <= step * (0.5 + 2 ** bits * 2 ** -10) + 2 ** -16).all()
+
+
+@given(weights())
+def test_rounding_a_rounded_weight_to_its_grid_changes_nothing(case):
+    W, bits, G = case
+    q, delta, zero = quantize(W, bits, G)
+    again = awq.round_to_grid(dequantize(q, delta, zero), delta.float(), zero.float(), bits)
+    assert torch.equal(again.to(torch.uint8), torch.where(
+        delta.repeat_interleave(G, 1) > 0, q, zero.repeat_interleave(G, 1)))
+
+
+@given(weights())
+def test_zero_stays_zero_and_nothing_is_nan(case):
+    W, bits, G = case
+    W_hat = fake_quantize(W, bits, G)
+    assert torch.isfinite(W_hat).all()
+    assert (W_hat[W == 0] == 0).all()
+
+
+def test_one_sign_group_does_not_collapse():
+    """Without widening the range to 0 the clamped zero point would lose [10, 11] altogether."""
+    W = torch.linspace(10, 11, 8)[None]
+    assert (fake_quantize(W, 4, 8) - W).abs().max() < 11 / 15 / 2 + 0.01
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("columns", [8, 24, 32, 64, 104])
+def test_unpack_inverts_pack(bits, columns):
+    generator = torch.Generator().manual_seed(columns)
+    q = torch.randint(0, 2 ** bits, (5, columns), dtype=torch.uint8, generator=generator)
+    words = pack(q, bits)
+    assert words.dtype == torch.int32 and words.shape == (5, awq.packed_width(columns, bits))
+    assert torch.equal(unpack(words, bits, columns), q)
+
+
+def test_four_bit_words_hold_the_documented_nibbles():
+    """Nibble i of word c is column 8 c + [0, 2, 4, 6, 1, 3, 5, 7][i], built here bit by bit."""
+    q = torch.randint(0, 16, (3, 24), dtype=torch.uint8)
+    for row, words in zip(q.tolist(), pack(q, 4).tolist()):
+        for c, word in enumerate(words):
+            expected = sum(row[8 * c + j] << 4 * i for i, j in enumerate([0, 2, 4, 6, 1, 3, 5, 7]))
+            assert word % 2 ** 32 == expected
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_dense_words_are_one_little_endian_stream(bits):
+    q = torch.randint(0, 2 ** bits, (2, 64), dtype=torch.uint8)
+    for row, words in zip(q.tolist(), pack(q, bits).tolist()):
+        stream = sum((word % 2 ** 32) << 32 * i for i, word in enumerate(words))
+        assert stream == sum(value << bits * i for i, value in enumerate(row))
+
+
+@given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 10 ** 6))
+def test_scaling_equivalence(dtype, seed):
+    """(W s)(x / s) = W x: within rounding for any s, to the last bit for powers of two."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(8, 32, generator=generator).to(dtype)
+    x = torch.randn(5, 32, generator=generator).to(dtype)
+    powers = (2.0 ** torch.randint(-3, 4, (32,), generator=generator)).to(dtype)
+    assert torch.equal((x / powers) @ (W * powers).T, x @ W.T)
+    s = (torch.rand(32, generator=generator) + 0.5).to(dtype)
+    exact = x.double() @ W.double().T
+    bound = (x.double().abs() @ W.double().abs().T) * torch.finfo(dtype).eps * 4
+    assert (((x / s).double() @ (W * s).double().T - exact).abs() <= bound).all()
+
+
+def layer(seed, N=24, K=64, T=200):
+    """A weight and inputs whose channels differ in size, as salient channels do."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(N, K, generator=generator) * 0.1
+    X = torch.randn(T, K, generator=generator) * torch.exp(torch.randn(K, generator=generator))
+    return W, X
+
+
+@given(st.integers(0, 10 ** 6), st.sampled_from([2, 3, 4]))
+def test_gram_loss_equals_the_direct_loss(seed, bits):
+    """sum((E C) * E) = || E X^T ||^2 / T, against float64, accumulated in uneven micro-batches."""
+    W, X = layer(seed)
+    statistics = awq.InputStatistics(64, "cpu")
+    for part in X.split([1, 99, 100]):
+        statistics.update(part.view(1, -1, 64))
+    E = fake_quantize(W, bits, 32) - W
+    direct = (E.double() @ X.double().T).square().sum() / len(X)
+    assert math.isclose(awq.gram_loss(E, statistics.C).item(), direct.item(), rel_tol=1e-4)
+    assert torch.allclose(statistics.s_X, X.abs().mean(0), rtol=1e-5)
+
+
+@given(st.integers(0, 10 ** 6), st.sampled_from([2, 3, 4]), st.booleans())
+def test_search_never_worse_than_rtn(seed, bits, clip):
+    """Nor than RTN with clipping; and its loss is the loss of what it returns, in float64."""
+    W, X = layer(seed)
+    C, s_X = X.T @ X / len(X), X.abs().mean(0)
+    found = awq.search_scale(W, C, s_X, bits, 32, clip)
+    assert found.loss <= found.loss_rtn
+    if clip:
+        shrink = awq.search_shrink(W, awq.diagonal_blocks(C, 32), bits, 32)
+        assert found.loss <= awq.scaled_loss(W, C, torch.ones(64), shrink, bits, 32)
+    E = (fake_quantize(W * found.s, bits, 32, found.shrink) / found.s - W).double()
+    assert math.isclose(found.loss, (E @ X.double().T).square().sum() / len(X), rel_tol=1e-3)
+    assert found.loss == min(loss for _, *losses in found.curve for loss in losses
+                             if loss is not None)
+
+
+def test_search_finds_the_salient_channel():
+    """One channel with inputs 50 times the others': alpha > 0 wins, and that channel's s is largest."""
+    W, X = layer(3)
+    X = X / X.abs().mean(0)
+    X[:, 7] *= 50
+    found = awq.search_scale(W, X.T @ X / len(X), X.abs().mean(0), 3, 32, clip=False)
+    assert found.alpha > 0 and found.s.argmax() == 7 and found.loss < 0.5 * found.loss_rtn
+
+
+def test_shrink_is_the_best_of_its_grid_for_every_group():
+    W, X = layer(5)
+    blocks = awq.diagonal_blocks(X.T @ X / len(X), 32)
+    shrink = awq.search_shrink(W, blocks, 3, 32)
+    for n in range(3):
+        for g in range(2):
+            part, C_gg = W[n:n + 1, 32 * g:32 * g + 32], blocks[g].double()
+            losses = {kept: ((e := (fake_quantize(part, 3, 32, kept) - part).double()) @ C_gg @ e.T
+                             ).item() for kept in awq.SHRINKS}
+            assert math.isclose(losses[min(losses, key=losses.get)],
+                                losses[min(losses, key=lambda k: abs(k - shrink[n, g].item()))],
+                                rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("refine", ["grid", "gradient"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_refinement_never_worse_and_sometimes_better(refine, clip):
+    better = 0
+    for seed in range(4):
+        W, X = layer(seed)
+        C, s_X, rows = X.T @ X / len(X), X.abs().mean(0), torch.arange(64)
+        found = awq.search_scale(W, C, s_X, 3, 32, clip)
+        refined = awq.refine_scale(W, C, found, 3, 32, clip, refine, rows)
+        assert refined.loss <= found.loss
+        loss = awq.scaled_loss(W, C, refined.s, refined.shrink, 3, 32).item()
+        assert math.isclose(refined.loss, loss, rel_tol=1e-5)
+        better += refined.loss < 0.995 * found.loss
+    assert better > 0
+
+
+def test_gradient_refinement_keeps_tied_channels_equal():
+    W, X = layer(1)
+    C, rows = X.T @ X / len(X), torch.arange(32).repeat(2)
+    s_X = awq.shared_score(X.abs().mean(0), rows)
+    found = awq.search_scale(W, C, s_X, 3, 32, clip=False)
+    for refine in awq.REFINEMENTS:
+        s = awq.refine_scale(W, C, found, 3, 32, False, refine, rows).s
+        assert torch.equal(s[:32], s[32:])
+
+
+def test_dead_channels_and_silent_layers_have_finite_scales():
+    W, X = layer(2)
+    X[:, :5] = 0
+    assert awq.search_scale(W, X.T @ X, X.abs().mean(0), 4, 32).s.isfinite().all()
+    silent = awq.search_scale(W, torch.zeros(64, 64), torch.zeros(64), 4, 32)
+    assert silent.loss == 0 and torch.equal(silent.s, torch.ones(64))
+
+
+@pytest.mark.parametrize("W, bits, group_size, named", [
+    (torch.zeros(2, 32), 5, 32, "bits is 5"),
+    (torch.zeros(2, 32), 4, 0, "group_size is 0"),
+    (torch.zeros(2, 32), 4, -2, "group_size is -2"),
+    (torch.zeros(2, 32), 4, 24, "group_size is 24"),
+    (torch.zeros(32), 4, 32, "W has shape"),
+    (torch.full((2, 32), float("nan")), 4, 32, "NaN or Inf"),
+    (torch.full((2, 32), float("inf")), 4, 32, "NaN or Inf"),
+    (torch.full((2, 32), 1e7), 4, 32, "float16"),
+])
+def test_bad_input_is_named(W, bits, group_size, named):
+    with pytest.raises(ValueError, match=named):
+        quantize(W, bits, group_size)
