@@ -1,18 +1,23 @@
 """AWQ: Activation-aware Weight Quantization (Lin et al., arXiv 2306.00978), in one file.
 
-A linear layer computes Y = X W^T. Rounding W to a few bits hurts most in the input channels whose
-activations are large. AWQ multiplies those columns of W by s before rounding and divides the
-activations by s, which changes nothing else:
+Rounding a weight w of a group with step delta makes an error of about delta / 4, whatever w is, and
+the output an error of delta / 4 times the activation x. AWQ multiplies the input channels of W that
+see large x by s before rounding and divides x by s, which changes nothing else:
 
-    (W diag(s)) (diag(1/s) x) = W x                                                  scaling
-    L(s) = || Q(W diag(s)) diag(1/s) X - W X ||^2                                     (Eq. 4)
-    s = s_X^alpha,   alpha* = argmin L(s_X^alpha) over alpha = 0, 0.05, ..., 1        (Eq. 5)
+    (W diag(s)) (diag(1/s) x) = W x
+
+As long as such a channel does not set its group's maximum, delta stays and its error falls by s
+(Eq. 1-3; there the range is symmetric, here it is asymmetric, as in AWQ's checkpoints). How far to go
+is searched, with X in rows, so that Y = X W^T:
+
+    L(s) = || Q(W diag(s)) diag(1/s) X^T - W X^T ||_F^2 / T        (Eq. 4, squared and per token)
+    s = s_X^alpha,  alpha* = argmin L over alpha = 0, 0.05, ..., 1                        (Eq. 5)
 
 1/s costs nothing at inference: it is folded into the norm or the Linear that made x.
 
     code        symbol       what it is
     W           W            [N, K] weight: N outputs, K inputs
-    X           X            [T, K] calibration inputs, a row a token
+    X           X            [T, K] calibration inputs, a row a token (the paper's X is its transpose)
     s_X         s_X          [K] mean over tokens of |X|, the score of an input channel
     s           s            [K] AWQ's channel scale (nothing else is called s)
     alpha       alpha        exponent of Eq. 5; alpha = 0 is plain rounding (RTN)
@@ -21,7 +26,7 @@ activations by s, which changes nothing else:
     delta       Delta        [N, K/G] quantisation step, stored as float16
     zero        z            [N, K/G] integer zero point
     q           q            [N, K] integers in [0, 2^bits - 1];  W_hat = (q - zero) delta
-    shrink      -            [N, K/G] clipping: the part of a group's range that is kept
+    shrink      -            [2, N, K/G] clipping: the part kept of a group's lower and upper end
 
 L(s) needs no activations once C is known: with E = Q(W diag(s)) diag(1/s) - W,
 
@@ -33,61 +38,56 @@ What this file does not do: train or move weights (GPTQ does), quantise activati
 lm_head or fused 3-D expert parameters, or keep a table of architectures.
 """
 import argparse
-import ast
 import copy
-import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import struct
 import sys
-import sysconfig
-import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map
 from tqdm import tqdm
 
 BITS = (2, 3, 4, 8)
 
-# ----------------------------------------------------------------------------------------------
-# Quantise and dequantise
-# ----------------------------------------------------------------------------------------------
+# ---- Quantise and dequantise ---------------------------------------------------------------------
 
 
-def round_through(x):
-    """round(x) whose gradient is 1 (straight-through estimator); for refine="gradient"."""
-    return x + (x.round() - x).detach()
+def rounded(x):
+    """round(x), half to even; its gradient is 1 (straight-through estimator)."""
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
-def quantization_grid(W, bits, group_size, shrink=None, rounding=torch.round):
-    """delta and zero of every group: the range [min, max], widened to include 0, in 2^bits - 1 steps.
+def quantization_grid(W, bits, group_size, shrink=None):
+    """delta and zero, float32 [N, K/G], of every group of W [N, K] float32.
 
-    # not in the paper: without the widening a group whose weights share a sign collapses, because
-    # the zero point is clamped. delta is rounded to float16 here, before it is used: it is stored so.
+    The range [min, max], widened to include 0, is cut into 2^bits - 1 steps.
     """
+    # not in the paper: without the widening a group whose weights share a sign collapses, because
+    # the zero point is clamped; and delta is rounded to float16, as stored, before it is used.
     N, K = W.shape
     groups = W.view(N, K // group_size, group_size)         # [N, K/G, G]
     low = groups.amin(-1).clamp(max=0)                      # [N, K/G]
     high = groups.amax(-1).clamp(min=0)
     if shrink is not None:
-        low, high = low * shrink, high * shrink
+        low, high = low * shrink[0], high * shrink[1]
     levels = 2 ** bits - 1
     delta = ((high - low) / levels).half().float()
-    zero = rounding(-low / torch.where(delta > 0, delta, 1)).clamp(0, levels)
+    zero = rounded(-low / torch.where(delta > 0, delta, 1)).clamp(0, levels)
     return delta, zero
 
 
-def round_to_grid(W, delta, zero, bits, rounding=torch.round):
-    """q = clamp(round(W / delta) + zero, 0, 2^bits - 1); a group with delta = 0 gets q = zero."""
+def round_to_grid(W, delta, zero, bits):
+    """q = clamp(round(W / delta) + zero, 0, 2^bits - 1), float32 [N, K]; q = zero where delta = 0."""
     N, K = W.shape
     groups = W.view(N, delta.shape[1], -1)                  # [N, K/G, G]
-    steps = rounding(groups / torch.where(delta > 0, delta, math.inf)[..., None])
+    steps = rounded(groups / torch.where(delta > 0, delta, math.inf)[..., None])
     return (steps + zero[..., None]).clamp(0, 2 ** bits - 1).view(N, K)
 
 
@@ -95,8 +95,8 @@ def quantize(W, bits=4, group_size=128, shrink=None):
     """Round W [N, K] to integers: (q [N, K] uint8, delta [N, K/G] float16, zero [N, K/G] uint8).
 
     Asymmetric, in groups of group_size along K (-1: one group a row), as in the AWQ checkpoint
-    format. shrink [N, K/G] in (0, 1] keeps that part of a group's range. An all-zero group comes
-    back as exactly 0. ValueError for bits, group_size or shape out of range, NaN or Inf in W, or a
+    format. shrink [2, N, K/G] in (0, 1] keeps that part of the lower and the upper end of a group's
+    range. An all-zero group comes back as exactly 0. ValueError for bits, group_size or shape out of range, NaN or Inf in W, or a
     step above float16's 65504.
 
     >>> W = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])     # 2 bits: delta = 3 / 3, zero = round(1 / 1)
@@ -106,10 +106,7 @@ def quantize(W, bits=4, group_size=128, shrink=None):
     >>> dequantize(q, delta, zero).tolist()
     [[-1.0, 0.0, 0.0, 2.0]]
     """
-    if W.ndim != 2:
-        raise ValueError(f"W has shape {tuple(W.shape)}: it must be [N, K]")
-    group_size = check_grid(bits, group_size, W.shape[1])
-    W = W.float().contiguous()
+    W, group_size = check_weight(W, bits, group_size)
     delta, zero = quantization_grid(W, bits, group_size, shrink)
     if not torch.isfinite(delta).all():
         raise ValueError("W contains NaN or Inf, or a group's range exceeds float16 steps: the "
@@ -119,23 +116,31 @@ def quantize(W, bits=4, group_size=128, shrink=None):
 
 
 def dequantize(q, delta, zero):
-    """W_hat = (q - zero) delta, float32 [N, K]; the product of two short integers is exact."""
+    """W_hat = (q - zero) delta, float32 [N, K]: exact, 8 significant bits times 11."""
     N, K = q.shape
     groups = q.view(N, delta.shape[1], -1).float()
     return ((groups - zero[..., None].float()) * delta[..., None].float()).view(N, K)
 
 
-def fake_quantize(W, bits, group_size, shrink=None, rounding=torch.round):
-    """Q(W): quantise and dequantise at once, float32 [N, K]."""
-    delta, zero = quantization_grid(W, bits, group_size, shrink, rounding)
-    return dequantize(round_to_grid(W, delta, zero, bits, rounding), delta, zero)
+def fake_quantize(W, bits=4, group_size=128, shrink=None):
+    """Q(W): quantise and dequantise W [N, K] at once, float32 [N, K]; ValueErrors as quantize."""
+    W, group_size = check_weight(W, bits, group_size)
+    delta, zero = quantization_grid(W, bits, group_size, shrink)
+    return dequantize(round_to_grid(W, delta, zero, bits), delta, zero)
+
+
+def check_weight(W, bits, group_size):
+    """(W as contiguous float32 [N, K], the group size in channels), or a ValueError."""
+    if W.ndim != 2:
+        raise ValueError(f"W has shape {tuple(W.shape)}: it must be [N, K]")
+    return W.float().contiguous(), check_grid(bits, group_size, W.shape[1])
 
 
 def check_grid(bits, group_size, in_features=None):
     """The group size in channels (-1 becomes in_features); ValueError if either is out of range."""
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits is {bits!r}: it must be one of {BITS}")
-    if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
+    if type(group_size) is not int or group_size == 0 or group_size < -1:
         raise ValueError(f"group_size is {group_size!r}: it must be -1 or a positive integer")
     if in_features is None:
         return group_size
@@ -146,29 +151,32 @@ def check_grid(bits, group_size, in_features=None):
     return group_size
 
 
-# ----------------------------------------------------------------------------------------------
-# Pack and unpack
-# ----------------------------------------------------------------------------------------------
+# ---- Pack and unpack -----------------------------------------------------------------------------
 
 NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column 8 c + NIBBLE_ORDER[i]
 
 
 def packed_width(columns, bits):
-    """int32 words in a packed row of `columns` values."""
+    """int32 words in a packed row of `columns` values; ValueError if they cannot be packed."""
+    check_grid(bits, -1)
+    if bits == 4 and columns % 8:
+        raise ValueError(f"columns is {columns}: 4-bit packing needs a multiple of 8")
     return columns // 8 if bits == 4 else -(-columns // 32) * bits
 
 
 def pack(q, bits):
-    """Integers [R, N] to int32 words [R, packed_width(N, bits)].
+    """Integers [R, N] in [0, 2^bits - 1], any integer dtype, to int32 [R, packed_width(N, bits)].
 
     4 bits: the AWQ GEMM order, nibble i (bits 4i..4i+3) of word c holds column
     8 c + [0, 2, 4, 6, 1, 3, 5, 7][i]; N must be a multiple of 8. 2, 3 and 8 bits, which that format
     does not have: 32 values in `bits` words, as one little-endian stream, zeros appended to N.
+    ValueError for bits, N or a value out of range.
     """
     R, N = q.shape
+    packed_width(N, bits)
+    if q.numel() and not 0 <= int(q.min()) <= int(q.max()) < 2 ** bits:
+        raise ValueError(f"q runs from {q.min()} to {q.max()}: {bits} bits hold 0 to {2 ** bits - 1}")
     if bits == 4:
-        if N % 8:
-            raise ValueError(f"q has {N} columns: 4-bit packing needs a multiple of 8")
         nibbles = q.view(R, N // 8, 8)[..., NIBBLE_ORDER].int()
         return (nibbles << torch.arange(0, 32, 4, device=q.device)).sum(-1, dtype=torch.int32)
     q = nn.functional.pad(q, (0, -N % 32)).view(R, -1, 32)
@@ -178,20 +186,21 @@ def pack(q, bits):
 
 
 def unpack(words, bits, columns):
-    """The inverse of pack: int32 words to uint8 [R, columns]."""
+    """The inverse of pack: int32 [R, packed_width(columns, bits)] to uint8 [R, columns]."""
     R = words.shape[0]
+    if words.shape[1] != packed_width(columns, bits):
+        raise ValueError(f"words is {tuple(words.shape)}: {columns} columns of {bits} bits take "
+                         f"{packed_width(columns, bits)} words a row")
     if bits == 4:
         nibbles = (words[..., None] >> torch.arange(0, 32, 4, device=words.device)) & 15
         inverse = [NIBBLE_ORDER.index(i) for i in range(8)]
         return nibbles[..., inverse].view(R, columns).to(torch.uint8)
     stream = (words[..., None] >> torch.arange(32, device=words.device)) & 1  # [R, words, 32]
     values = stream.view(R, -1, bits) << torch.arange(bits, device=words.device)
-    return values.sum(-1).to(torch.uint8)[:, :columns]
+    return values.sum(-1, dtype=torch.uint8)[:, :columns]
 
 
-# ----------------------------------------------------------------------------------------------
-# Statistics of the calibration inputs
-# ----------------------------------------------------------------------------------------------
+# ---- Statistics of the calibration inputs --------------------------------------------------------
 
 
 class InputStatistics:
@@ -210,16 +219,14 @@ class InputStatistics:
 
     @property
     def s_X(self):
-        return self.absolute_sum / max(self.tokens, 1)
+        return self.absolute_sum / self.tokens
 
     @property
     def C(self):
-        return self.square_sum / max(self.tokens, 1)
+        return self.square_sum / self.tokens
 
 
-# ----------------------------------------------------------------------------------------------
-# The loss and the search for s
-# ----------------------------------------------------------------------------------------------
+# ---- The loss and the search for s ---------------------------------------------------------------
 
 
 def gram_loss(E, C):
@@ -228,9 +235,11 @@ def gram_loss(E, C):
 
 
 def channel_scale(s_X, alpha):
-    """s = s_X^alpha / sqrt(max(s) min(s))  (Eq. 5; the division centres s around 1)."""
+    """s = s_X^alpha  (Eq. 5), [K]."""
     # not in the paper: dead channels count as 1e-4 of the largest, so that 1/s stays finite.
     s = s_X.clamp(min=s_X.max().item() * 1e-4 or 1.0) ** alpha
+    # not in the paper, but in its code: max(s) min(s) = 1. A common factor cancels in Q(c W) / c;
+    # this one keeps delta and the folded gain within float16.
     return s / (s.max() * s.min()).sqrt()
 
 
@@ -251,65 +260,84 @@ def group_losses(E, blocks):
 SHRINKS = tuple(1 - i / 20 for i in range(11))  # 1, 0.95, ..., 0.5
 
 
-def search_shrink(W, blocks, bits, group_size):
-    """Per row and group, the shrink of the range with the least e C_gg e^T  (clipping). [N, K/G]"""
-    best = torch.full((W.shape[0], W.shape[1] // group_size), math.inf, device=W.device)
-    shrink = torch.ones_like(best)
-    for kept in SHRINKS:
-        losses = group_losses(fake_quantize(W, bits, group_size, kept) - W, blocks)
-        shrink = torch.where(losses < best, kept, shrink)
-        best = torch.minimum(best, losses)
+def search_shrink(W, blocks, bits, group_size, ends, start=None):
+    """Per row and group, the shrink of its range with the least e C_gg e^T  (clipping). [2, N, K/G]
+
+    ends: which ends of the range to shrink, one search after the other: ((0, 1),) both by the
+    same part, ((0,), (1,)) the lower, then the upper. start: the shrink to begin with (1).
+    """
+    shape = (2, W.shape[0], W.shape[1] // group_size)
+    shrink = torch.ones(shape, device=W.device) if start is None else start
+    best = group_losses(fake_quantize(W, bits, group_size, shrink) - W, blocks)
+    for end in ends:
+        chosen = shrink
+        for kept in SHRINKS[1:]:
+            trial = shrink.clone()
+            trial[list(end)] = kept
+            losses = group_losses(fake_quantize(W, bits, group_size, trial) - W, blocks)
+            chosen = torch.where(losses < best, trial, chosen)
+            best = torch.minimum(best, losses)
+        shrink = chosen
     return shrink
 
 
-class Scaling(NamedTuple):
-    """What the search chose for the layers of one input."""
-
-    s: torch.Tensor                 # [K]
-    shrink: torch.Tensor | None     # [N, K/G], or None: nothing is clipped
-    alpha: float
-    loss_rtn: float                 # L at s = 1 without clipping
-    loss: float                     # L of the choice
-    curve: list                     # (alpha, L unclipped, L clipped or None) for every alpha tried
-
-
-def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=lambda s: s):
-    """argmin over alpha of L(s_X^alpha), Eq. 4 and 5, clipping searched inside the loop.
-
-    W [N, K] float32: the weights of all layers that share the input, stacked. alphas: the grid,
-    0, 0.05, ..., 1 unless given. storable(s): the s that a folded norm really divides by once
-    its gain is rounded to its dtype. Every alpha is scored unclipped and clipped and the least loss
-    wins, so the choice is never above RTN's loss nor above that of RTN with clipping.
-    """
-    # not in the paper: it clips after alpha is chosen, which can end above clipping alone.
-    best, curve, loss_rtn = None, [], None
-    for alpha in [i / 20 for i in range(21)] if alphas is None else alphas:
-        s = storable(channel_scale(s_X, alpha))
-        losses = []
-        for shrink in [None] + ([search_shrink_scaled(W, C, s, bits, group_size)] if clip else []):
-            losses.append(scaled_loss(W, C, s, shrink, bits, group_size).item())
-            if best is None or losses[-1] < best.loss:
-                best = Scaling(s, shrink, alpha, 0.0, losses[-1], curve)
-        loss_rtn = losses[0] if alpha == 0 else loss_rtn
-        curve.append((alpha, losses[0], losses[1] if clip else None))
-    return best._replace(loss_rtn=loss_rtn)
-
-
 def scaled_loss(W, C, s, shrink, bits, group_size):
-    """L(s) = || Q(W diag(s)) diag(1/s) X - W X ||^2 / T  (Eq. 4), through C."""
+    """L(s) = || Q(W diag(s)) diag(1/s) X^T - W X^T ||_F^2 / T  (Eq. 4), through C."""
     return gram_loss(fake_quantize(W * s, bits, group_size, shrink) / s - W, C)
 
 
-def search_shrink_scaled(W, C, s, bits, group_size):
-    """search_shrink for W diag(s), whose inputs have the Gram matrix C / (s s^T)."""
-    blocks = diagonal_blocks(C, group_size)
-    s_g = s.view(-1, group_size)                            # [K/G, G]
-    return search_shrink(W * s, blocks / (s_g[:, :, None] * s_g[:, None]), bits, group_size)
+class Scaling(NamedTuple):
+    """A choice for the layers that share an input, and its loss."""
+
+    s: torch.Tensor                     # [K]
+    shrink: torch.Tensor | None         # [2, N, K/G], or None: nothing is clipped
+    alpha: float
+    loss: float                         # L(s) with this shrink
+    loss_rtn: float | None = None       # L(1) without clipping
+    curve: tuple = ()                   # (alpha, clipped or not, L) of all that was tried
 
 
-# ----------------------------------------------------------------------------------------------
-# Refinement: single channels of s (optional; not in the paper)
-# ----------------------------------------------------------------------------------------------
+def scored(W, C, s, shrink, alpha, bits, group_size):
+    """The Scaling with its loss."""
+    return Scaling(s, shrink, alpha, scaled_loss(W, C, s, shrink, bits, group_size).item())
+
+
+BOTH, EACH = ((0, 1),), ((0,), (1,))     # ends: shrink both by the same part; each on its own
+
+
+def with_clipping(W, C, choice, bits, group_size, ends):
+    """The choice with its clipping searched (further): W diag(s) sees the Gram matrix C / (s s^T)."""
+    s_g = choice.s.view(-1, group_size)                     # [K/G, G]
+    blocks = diagonal_blocks(C, group_size) / (s_g[:, :, None] * s_g[:, None])
+    shrink = search_shrink(W * choice.s, blocks, bits, group_size, ends, choice.shrink)
+    return scored(W, C, choice.s, shrink, choice.alpha, bits, group_size)
+
+
+def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=lambda s: s):
+    """argmin over alpha of L(s_X^alpha), Eq. 4 and 5, clipping searched inside the loop: a Scaling.
+
+    W [N, K] float32: the weights of all layers that share the input, stacked. alphas: the grid, which
+    begins with 0; 0, 0.05, ..., 1 unless given. storable(s): the s that a folded norm really divides
+    by once its gain is rounded to its dtype. The least loss wins, clipped or not, so it is never
+    above RTN's (alpha = 0), nor above that of RTN with clipping.
+    """
+    # not in the paper: there alpha is chosen first and the range clipped afterwards, by one factor
+    # for both ends and not for q and k. That order can end above clipping alone.
+    tried = []
+    for alpha in [i / 20 for i in range(21)] if alphas is None else alphas:
+        s = storable(channel_scale(s_X, alpha))
+        tried.append(scored(W, C, s, None, alpha, bits, group_size))
+        if clip:
+            tried.append(with_clipping(W, C, tried[-1], bits, group_size, BOTH))
+    best = min(tried, key=lambda choice: choice.loss)
+    if clip:    # then each end on its own, which costs too much for every alpha
+        finals = [with_clipping(W, C, choice, bits, group_size, EACH) for choice in (best, tried[1])]
+        best = min([best, *finals], key=lambda choice: choice.loss)
+    curve = tuple((choice.alpha, choice.shrink is not None, choice.loss) for choice in tried)
+    return best._replace(loss_rtn=tried[0].loss, curve=curve)
+
+
+# ---- Refinement: single channels of s (optional; not in the paper) -------------------------------
 
 
 def refine_gradient(W, C, found, bits, group_size, rows, steps=80, lr=0.02):
@@ -327,7 +355,7 @@ def refine_gradient(W, C, found, bits, group_size, rows, steps=80, lr=0.02):
     with torch.enable_grad():
         for _ in range(steps):
             s = log_s.exp()[index]
-            E = fake_quantize(W * s, bits, group_size, None, round_through) / s - W
+            E = fake_quantize(W * s, bits, group_size, None) / s - W
             loss = gram_loss(E, C)
             if loss.item() < best_loss:
                 best_loss, best = loss.item(), s.detach()
@@ -341,8 +369,9 @@ def refine_grid(W, C, found, bits, group_size, rows, factors=(0.5, 0.75, 0.9, 1.
     """Multiply single channels of s by the factors and keep what lowers L(s).
 
     Groups are quantised independently, so one channel of every group is tried at a time: with
-    D = E_new - E, moving group g alone changes L by 2 <(E C)_g, D_g> + <D_g C_gg, D_g>. Channels
-    that must stay equal (rows, see refine_gradient) are left as they are.
+    D = E_new - E, moving group g alone changes L by 2 <(E C)_g, D_g> + <D_g C_gg, D_g>. A layer
+    with channels that must stay equal (rows, see refine_gradient) returns as it came. The factors
+    are the [0.5, 1.5] that summaries of AWQ give as its search; Eq. 5 is another one.
     """
     _, index, count = rows.unique(return_inverse=True, return_counts=True)
     if (count > 1).any():
@@ -377,16 +406,15 @@ REFINEMENTS = {"grid": refine_grid, "gradient": refine_gradient}
 def refine_scale(W, C, found, bits, group_size, clip, refine, rows, storable=lambda s: s):
     """Refine the grid's answer (refine = "grid" or "gradient"); never returns a worse one."""
     s = storable(REFINEMENTS[refine](W, C, found, bits, group_size, rows))
-    for shrink in [found.shrink] + ([search_shrink_scaled(W, C, s, bits, group_size)] if clip else []):
-        loss = scaled_loss(W, C, s, shrink, bits, group_size).item()
-        if loss < found.loss:
-            found = found._replace(s=s, shrink=shrink, loss=loss)
-    return found
+    choices = [scored(W, C, s, found.shrink, found.alpha, bits, group_size)]
+    if clip:
+        unclipped = choices[0]._replace(shrink=None)
+        choices.append(with_clipping(W, C, unclipped, bits, group_size, BOTH + EACH))
+    best = min([found, *choices], key=lambda choice: choice.loss)
+    return best._replace(loss_rtn=found.loss_rtn, curve=found.curve)
 
 
-# ----------------------------------------------------------------------------------------------
-# Where 1/s goes: folds, found by tracing a block and proven by powers of two
-# ----------------------------------------------------------------------------------------------
+# ---- Where 1/s goes: folds, found by tracing a block and proven by powers of two -----------------
 
 
 class Call(NamedTuple):
@@ -404,14 +432,16 @@ class Call(NamedTuple):
             return Call((hidden, *self.args[1:]), self.kwargs)
         return Call((), {**self.kwargs, "hidden_states": hidden})
 
-    def to(self, *target):
-        """Every tensor moved to a device; with a dtype, floating-point tensors cast to it."""
-        def move(x):
-            if not isinstance(x, torch.Tensor):
-                return x
-            casts = x.is_floating_point() or not any(isinstance(t, torch.dtype) for t in target)
-            return x.to(*target) if casts else x
-        return Call(*torch.utils._pytree.tree_map(move, tuple(self)))
+    def to(self, device):
+        return Call(*map_tensors(lambda x: x.to(device), tuple(self)))
+
+    def float(self):
+        return Call(*map_tensors(lambda x: x.float() if x.is_floating_point() else x, tuple(self)))
+
+
+def map_tensors(function, tree):
+    """function applied to every tensor in nested tuples, lists and dicts."""
+    return tree_map(lambda x: function(x) if isinstance(x, torch.Tensor) else x, tree)
 
 
 def hidden_of(output):
@@ -420,6 +450,7 @@ def hidden_of(output):
 
 
 def run_block(block, call):
+    """The hidden states [B, T, H] that the block makes of a Call."""
     return hidden_of(block(*call.args, **call.kwargs))
 
 
@@ -455,40 +486,36 @@ def divide_output(producer, kind, rows, s):
 
 def storable_scale(producer, kind):
     """s -> the s that divide_output really divides by, after rounding to the gain's dtype."""
+    # not in the paper: near -1 the stored w of (1 + w) / s is coarse; this way the loss knows.
     gain = producer.weight.detach()
     offset = 1.0 if kind == "1 + gain" else 0.0
 
     def storable(s):
-        if kind == "rows" or gain.dtype == torch.float32:
+        if kind == "rows":      # a Linear's row has many weights: no one s for their rounding
             return s
         before = gain.float() + offset
         after = (before / s - offset).to(gain.dtype).float() + offset
-        return torch.where((after * before > 0) & after.isfinite(), before / after, s)
+        return torch.where(after * before > 0, before / after, s)
     return storable
 
 
 def trace_block(block, call):
     """Names of leaf modules in the order they run, and of Linears grouped by the tensor they read."""
-    order, readers, alive, hooks = [], {}, [], []
+    order, readers, alive = [], {}, []
 
-    def watch(name, module):
-        def record(module, args, kwargs):
-            order.append(name)
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor):
-                alive.append(x)     # so that no other tensor takes its address
-                key = (x.data_ptr(), x._version, x.shape[-1], x.numel())
-                readers.setdefault(key, []).append(name)
-        return module.register_forward_pre_hook(record, with_kwargs=True)
+    def record(module, args, kwargs):
+        order.append(names[module])
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor):
+            alive.append(x)     # so that no other tensor takes its address
+            key = (x.data_ptr(), x._version, x.shape[-1], x.numel())
+            readers.setdefault(key, []).append(names[module])
 
-    for name, module in block.named_modules():
-        if not list(module.children()):
-            hooks.append(watch(name, module))
-    try:
+    names = {module: name for name, module in block.named_modules() if not list(module.children())}
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
         run_block(block, call)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return order, list(readers.values())
 
 
@@ -531,36 +558,27 @@ def fold_is_exact(block, call, layers, fold):
 def trace_rows(block, call, producer, layer, first, count):
     """Which of `count` rows of the producer, from `first`, makes each input channel of layer: [K].
 
-    The first token attends only to itself, so there attention hands v through unchanged, whatever
-    q and k are. Doubling rows then doubles exactly the channels they make, and doubling the rows
-    whose number has bit b set, for every b, spells each channel's row number in binary. None when
-    some channel does anything but stay or double. fold_is_exact has the last word.
+    The first token attends only to itself, so there attention hands v through unchanged, whatever q
+    and k are. With output channel first + r of the producer multiplied by r + 1, each input channel
+    of layer is multiplied by the number of the row that makes it. None if some factor is no such
+    number; that the rows are right, fold_is_exact proves.
     """
-    def first_token():
-        seen = []
-        hook = trial.get_submodule(layer).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-        run_block(trial, call)
-        hook.remove()
-        return seen[0].view(*call.hidden.shape[:2], -1)[:, 0].clone()
+    module = block.get_submodule(producer)
+    factor = torch.ones(module.out_features, device=call.hidden.device)
+    factor[first:first + count] = torch.arange(1, count + 1)
+    seen = []
 
-    trial = copy.deepcopy(block)
-    module = trial.get_submodule(producer)
-    expected = first_token()
-    number = torch.arange(1, count + 1)
-    code = torch.zeros(expected.shape[-1], dtype=torch.long)
-    for bit in range(count.bit_length()):
-        chosen = first + (number >> bit & 1).nonzero().flatten()
-        chosen = chosen.to(module.weight.device)
-        for p in module.parameters(recurse=False):
-            p.data[chosen] *= 2
-        z = first_token()
-        for p in module.parameters(recurse=False):
-            p.data[chosen] /= 2
-        same, doubled = (z == expected).all(0), (z == 2 * expected).all(0)
-        if not (same ^ doubled).all():
-            return None
-        code |= doubled.cpu().long() << bit
-    return first + code - 1 if (code > 0).all() else None
+    def keep(_, args):
+        seen.append(args[0].reshape(*call.hidden.shape[:2], -1)[0, 0])
+
+    with block.get_submodule(layer).register_forward_pre_hook(keep):
+        run_block(block, call)
+        with module.register_forward_hook(lambda _, args, output: output * factor):
+            run_block(block, call)
+    number = (seen[1] / seen[0]).round()
+    if not ((number >= 1) & (number <= count)).all():
+        return None
+    return first - 1 + number.long().cpu()
 
 
 def candidate_folds(block, call, order, layers):
@@ -579,11 +597,10 @@ def candidate_folds(block, call, order, layers):
         if R == K:
             yield Fold(name, "rows", torch.arange(K))
             continue
-        for first, count in {(0, R): 0, (R - K, K): 0, (0, K): 0}:   # all rows, the last, the first
-            if 0 <= first and first + count <= R:
-                rows = trace_rows(block, call, name, layers[0], first, count)
-                if rows is not None:
-                    yield Fold(name, "rows", rows)
+        for first, count in [(0, R)] + [(R - K, K), (0, K)] * (R > K):     # all, the last, the first
+            rows = trace_rows(block, call, name, layers[0], first, count)
+            if rows is not None:
+                yield Fold(name, "rows", rows)
 
 
 @torch.no_grad()
@@ -593,7 +610,7 @@ def plan_block(block, call, bits, group_size):
     Returns ([Group, ...] in the order they run, {layer name: reason}).
     """
     linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    block, call = probe_copy(block), call.to(torch.float32)
+    block, call = probe_copy(block), call.float()
     order, readers = trace_block(block, call)
     groups = []
     skipped = {name: "not reached when the block ran" for name in linears if name not in order}
@@ -620,9 +637,7 @@ def reason_to_skip(layer, bits, group_size):
     return None
 
 
-# ----------------------------------------------------------------------------------------------
-# The model walk
-# ----------------------------------------------------------------------------------------------
+# ---- The model walk ------------------------------------------------------------------------------
 
 
 def find_blocks(model):
@@ -647,61 +662,50 @@ def replace_conv1d(model):
             model.set_submodule(name, linear)
 
 
+class _Recorded(Exception):
+    """Ends a forward pass when every block has been called."""
+
+
 @torch.no_grad()
 def record_calls(model, blocks, tokens):
-    """Run the backbone on a few tokens and keep the arguments of each block: [Call, ...]."""
+    """The arguments the model gives each of the blocks when it runs on tokens: [Call, ...].
+
+    ValueError if a block does not run, or runs twice before the others have run.
+    """
     calls = {}
 
-    def keep(index):
-        def record(_, args, kwargs):
-            if index in calls:
-                raise ValueError(f"block {index} runs more than once in a forward pass: "
-                                 "shared blocks are not supported")
-            copies = Call(args, kwargs)
-            calls[index] = copies.with_hidden(copies.hidden.clone())
-        return record
+    def record(block, args, kwargs):
+        if block in calls:
+            raise ValueError(f"block {list(blocks).index(block)} runs more than once in a forward "
+                             "pass: shared blocks are not supported")
+        call = Call(args, kwargs)
+        calls[block] = call.with_hidden(call.hidden.clone())
+        if len(calls) == len(blocks):
+            raise _Recorded
 
-    hooks = [block.register_forward_pre_hook(keep(i), with_kwargs=True)
-             for i, block in enumerate(blocks)]
-    try:
-        model.base_model(input_ids=tokens, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if sorted(calls) != list(range(len(blocks))):
-        raise ValueError(f"blocks {sorted(set(range(len(blocks))) - set(calls))} did not run")
-    return [calls[i] for i in range(len(blocks))]
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the first block."""
-
-
-def embed(model, first_block, tokens):
-    """The Call that the model makes of its first block for tokens."""
-    def stop(_, args, kwargs):
-        raise _Reached(Call(args, kwargs))
-
-    hook = first_block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model.base_model(input_ids=tokens, use_cache=False)
-    except _Reached as reached:
-        return reached.args[0]
-    finally:
-        hook.remove()
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(record, with_kwargs=True))
+        try:
+            model.base_model(input_ids=tokens, use_cache=False)
+        except _Recorded:
+            return [calls[block] for block in blocks]
+    missing = [i for i, block in enumerate(blocks) if block not in calls]
+    raise ValueError(f"blocks {missing} do not run in a forward pass: not supported")
 
 
 @torch.no_grad()
 def walk_blocks(model, blocks, tokens, batch_size, device, visit):
-    """Drive the model's own forward once and let visit(index, block, run, states) see every block.
+    """Drive the model's own forward once and let visit(index, block, call, states) see every block.
 
-    states is the list of all micro-batches' hidden states before the block, run(state) the block's
-    output for one of them. After visit, which may change the block, the states advance through it.
-    The model runs on the first micro-batch only: its arguments for each block (masks, rotary tables)
-    serve the others, which have the same shape; it is an error if they depend on the tokens.
+    states is the list of all micro-batches' hidden states before the block, call the arguments of
+    the first. After visit, which may change the block, all states advance through it. The model runs
+    on the first micro-batch only: its arguments for each block (masks, rotary tables) serve the
+    others, which have the same shape. ValueError if those depend on the tokens, if the model changes
+    hidden states between blocks, and for NaN or Inf.
     """
     batches = tokens.split(largest_divisor(len(tokens), batch_size))
-    calls = [embed(model, blocks[0], batch) for batch in batches]
+    calls = [record_calls(model, blocks[:1], batch)[0] for batch in batches]
     empty = torch.zeros(())
     for call in calls[1:]:
         if not same_tree(call.with_hidden(empty), calls[0].with_hidden(empty)):
@@ -710,33 +714,32 @@ def walk_blocks(model, blocks, tokens, batch_size, device, visit):
     del calls
 
     def advance(index, block):
-        original, home = block.forward, next(block.parameters()).device
+        home = next(block.parameters()).device
 
         def forward(*args, **kwargs):
+            del block.forward                       # from here on, the block is itself again
             call = Call(args, kwargs).to(device)
             if not torch.equal(call.hidden, states[0]):
                 raise ValueError(f"the model changes the hidden states before block {index}: "
                                  "not supported")
-
-            def output(state):
-                call_here = call.with_hidden(state)
-                return original(*call_here.args, **call_here.kwargs)
-
             block.to(device)
-            visit(index, block, lambda state: hidden_of(output(state)), states)
+            visit(index, block, call, states)
             for i, state in enumerate(states):
-                result = output(state)
-                states[i] = hidden_of(result)
-                first = result if i == 0 else first
+                here = call.with_hidden(state)
+                output = block(*here.args, **here.kwargs)
+                states[i] = hidden_of(output)
+                first = output if i == 0 else first
                 if not states[i].isfinite().all():
                     raise ValueError(f"the output of block {index} contains NaN or Inf")
             block.to(home)
-            return torch.utils._pytree.tree_map(
-                lambda x: x.to(home) if isinstance(x, torch.Tensor) else x, first)
+            return map_tensors(lambda x: x.to(home), first)
 
         return forward
 
     for index, block in enumerate(blocks):
+        if "forward" in block.__dict__:
+            raise ValueError(f"block {index} has a forward of its own (accelerate's device_map?): "
+                             "load the model without one")
         block.forward = advance(index, block)
     try:
         model.base_model(input_ids=batches[0], use_cache=False)
@@ -751,67 +754,72 @@ def largest_divisor(n, limit):
 
 
 def same_tree(a, b):
-    """Equal nested arguments, tensors compared by value."""
-    leaves_a, shape_a = torch.utils._pytree.tree_flatten(a)
-    leaves_b, shape_b = torch.utils._pytree.tree_flatten(b)
-    return shape_a == shape_b and all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
-        else x is y or type(x) is type(y) for x, y in zip(leaves_a, leaves_b))
+    """Equal nested arguments: tensors and numbers by value, other objects by type."""
+    leaves_a, shape_a = tree_flatten(a)
+    leaves_b, shape_b = tree_flatten(b)
+
+    def same(x, y):
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            return torch.equal(x, y)
+        return x == y if isinstance(x, (bool, int, float, str)) else type(x) is type(y)
+
+    return shape_a == shape_b and all(map(same, leaves_a, leaves_b))
 
 
-def collect_statistics(block, groups, run, states):
+def collect_statistics(block, groups, call, states):
     """InputStatistics of every group, from one pass of all micro-batches through the block."""
-    statistics, hooks = [], []
-    for group in groups:
-        layer = block.get_submodule(group.layers[0])
-        entry = InputStatistics(layer.in_features, layer.weight.device)
-        statistics.append(entry)
-        hooks.append(layer.register_forward_pre_hook(
-            lambda _, args, kwargs, entry=entry: entry.update(args[0] if args else kwargs["input"]),
-            with_kwargs=True))
-    try:
+    statistics = []
+    with ExitStack() as hooks:
+        for group in groups:
+            layer = block.get_submodule(group.layers[0])
+            entry = InputStatistics(layer.in_features, layer.weight.device)
+            statistics.append(entry)
+            hooks.enter_context(layer.register_forward_pre_hook(
+                lambda _, args, kwargs, entry=entry: entry.update((*args, *kwargs.values())[0]),
+                with_kwargs=True))
         for state in states:
-            run(state)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            run_block(block, call.with_hidden(state))
     return statistics
 
 
 @torch.no_grad()
 def quantize_group(block, group, statistics, call, bits, group_size, scale, clip, refine):
-    """Search s, fold it, clip and pack the layers of one group; returns its line of the report."""
-    layers = [block.get_submodule(name) for name in group.layers]
+    """Search s for the layers of one group, fold it and pack them; returns their line of the report."""
+    layers, fold = [block.get_submodule(name) for name in group.layers], group.fold
     W = torch.cat([layer.weight.float() for layer in layers])       # [N, K], rows stacked
     C, s_X = statistics.C, statistics.s_X
     if not (C.isfinite().all() and s_X.isfinite().all()):
         raise ValueError(f"the input of {group.layers[0]} contains NaN or Inf")
     G = check_grid(bits, group_size, W.shape[1])
-    rows, storable, fold = torch.arange(W.shape[1], device=W.device), lambda s: s, group.fold
-    scale = scale and fold is not None
-    if scale:
+    if scale and fold:
         rows = fold.rows.to(W.device)
         storable = storable_scale(block.get_submodule(fold.producer), fold.kind)
-        s_X = shared_score(s_X, rows)
-    found = search_scale(W, C, s_X, bits, G, clip, None if scale else [0.0], storable)
-    if scale and refine:
-        found = refine_scale(W, C, found, bits, G, clip, refine, rows, storable)
-    if scale:
+        found = search_scale(W, C, shared_score(s_X, rows), bits, G, clip, storable=storable)
+        if refine:
+            found = refine_scale(W, C, found, bits, G, clip, refine, rows, storable)
         apply_fold(block, group, call, found.s)
+    else:
+        fold, found = None, search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
+    pack_group(block, group, W * found.s, found.shrink, bits, G)
+    return {"layers": list(group.layers), "folded_into": fold and fold.producer,
+            "fold": fold and fold.kind, "alpha": found.alpha, "loss_rtn": found.loss_rtn,
+            "loss": found.loss, "curve": found.curve}
+
+
+def pack_group(block, group, W, shrink, bits, group_size):
+    """Replace the group's layers by AWQLinear of their rows of the stacked W [N, K]."""
     start = 0
-    for name, layer in zip(group.layers, layers):
-        stop = start + layer.out_features
-        shrink = None if found.shrink is None else found.shrink[start:stop]
-        packed = AWQLinear.from_weight(W[start:stop] * found.s, layer.bias, bits, G, shrink)
-        block.set_submodule(name, packed)
-        start = stop
-    return {"layers": list(group.layers), "folded_into": fold.producer if scale else None,
-            "fold": fold.kind if scale else None, "alpha": found.alpha,
-            "loss_rtn": found.loss_rtn, "loss": found.loss, "curve": found.curve}
+    for name in group.layers:
+        layer = block.get_submodule(name)
+        rows = slice(start, start + layer.out_features)
+        part = None if shrink is None else shrink[:, rows]
+        block.set_submodule(name, AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part))
+        start = rows.stop
 
 
 def shared_score(s_X, rows):
-    """s_X averaged over the input channels that one producer row makes (repeated heads). [K]"""
+    """s_X averaged over the input channels that one producer row makes. [K]"""
+    # not in the paper: with grouped queries v's rows are read by several heads, so s is shared.
     sums = s_X.new_zeros(int(rows.max()) + 1)
     counts = sums.index_add(0, rows, torch.ones_like(s_X))
     return (sums.index_add(0, rows, s_X) / counts.clamp(min=1))[rows]
@@ -821,17 +829,18 @@ FOLD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1
 
 
 def apply_fold(block, group, call, s):
-    """Fold s into its producer, and check that the block's output on a few tokens is unchanged."""
+    """Fold s into its producer; check on a few tokens that what the block adds is unchanged."""
     expected = run_block(block, call).float()
     divide_output(block.get_submodule(group.fold.producer), group.fold.kind,
                   group.fold.rows.to(s.device), s)
     for name in group.layers:
         weight = block.get_submodule(name).weight
         weight.data = (weight.float() * s).to(weight.dtype)
-    error = (run_block(block, call).float() - expected).norm() / expected.norm()
+    added = (expected - call.hidden.float()).norm()
+    error = (run_block(block, call).float() - expected).norm() / added.clamp(min=1e-30)
     if not error < FOLD_TOLERANCE[call.hidden.dtype]:
-        raise RuntimeError(f"folding s into {group.fold.producer} changed the block's output by "
-                           f"{error:.2%}: the block does not behave as the one it was proven on")
+        raise ValueError(f"folding s into {group.fold.producer} changed what the block adds by "
+                         f"{error:.2%}: the block does not behave as the one it was proven on")
 
 
 @torch.no_grad()
@@ -848,66 +857,63 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
 
     Returns the report, a dict of "bits", "group_size", "seconds", "skipped" ({layer: reason}) and
     "groups": a list of {"block", "layers", "folded_into", "fold", "alpha", "loss_rtn", "loss",
-    "curve"}, losses as in Eq. 4 per token, curve the (alpha, loss, loss clipped) of the grid.
+    "curve"}, losses as in Eq. 4 per token, curve the (alpha, clipped, loss) of the grid.
     ValueError for arguments out of range, NaN or Inf in a weight or activation, and when no layer
     can be quantised. An error after the walk began leaves the model partly quantised.
     """
     start = time.time()
-    check_arguments(model, tokens, bits, group_size, refine)
+    check_arguments(model, tokens, bits, group_size, refine, batch_size)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else model.device))
-    model.eval()
-    replace_conv1d(model)
-    prefix, blocks = find_blocks(model)
-    tokens = tokens.to(model.device)
-    calls = record_calls(model, blocks, tokens[:2, :16])
-    plans, skipped = plan_blocks(prefix, blocks, calls, bits, group_size)
-    skipped.update(skip_outside(model, prefix))
+    plans, prefix, blocks, calls, skipped = plan_model(model, tokens, bits, group_size)
     groups = []
     with tqdm(total=len(blocks), desc="quantising", unit="block", disable=not progress) as bar:
 
-        def visit(index, block, run, states):
-            plan, call = plans[index], calls[index].to(device)
-            statistics = collect_statistics(block, plan, run, states)
-            lines = []
-            forward = block.__dict__.pop("forward")     # the block itself, while folds are checked
-            while plan:     # last group first: a fold changes rows of groups that are still to come
-                group = plan.pop()
-                line = quantize_group(block, group, statistics.pop(), call, bits, group_size,
-                                      scale, clip, refine)
+        def visit(index, block, call, states):
+            few, lines = calls[index].to(device), []
+            statistics = collect_statistics(block, plans[index], call, states)
+            # not in the paper: last group first, since a fold changes rows of an earlier group,
+            # which is then searched and packed as it will be stored.
+            for group, entry in reversed(list(zip(plans[index], statistics))):
+                line = quantize_group(block, group, entry, few, bits, group_size, scale, clip, refine)
                 path = f"{prefix}.{index}."
                 line["layers"] = [path + name for name in line["layers"]]
                 line["folded_into"] = line["folded_into"] and path + line["folded_into"]
-                lines.append({"block": index, **line})
-            block.forward = forward
-            groups.extend(reversed(lines))
+                lines.insert(0, {"block": index, **line})
+            groups.extend(lines)
             bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
             bar.update()
 
-        walk_blocks(model, blocks, tokens, batch_size, device, visit)
-    report = {"bits": bits, "group_size": group_size, "groups": groups, "skipped": skipped}
+        walk_blocks(model, blocks, tokens.to(model.device), batch_size, device, visit)
     model.config.quantization_config = checkpoint_config(bits, group_size, list(skipped))
-    return {**report, "seconds": time.time() - start}
+    return {"bits": bits, "group_size": group_size, "groups": groups, "skipped": skipped,
+            "seconds": time.time() - start}
 
 
 def loss_ratio(groups):
-    """Sum of the losses over the sum of RTN's, each layer group relative to ... its own RTN loss."""
+    """Mean over the groups of loss / RTN's loss; groups that RTN does not hurt are left out."""
     ratios = [line["loss"] / line["loss_rtn"] for line in groups if line["loss_rtn"] > 0]
-    return sum(ratios) / max(len(ratios), 1)
+    return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def check_arguments(model, tokens, bits, group_size, refine):
+def check_arguments(model, tokens, bits, group_size, refine=None, batch_size=1):
     """ValueError unless quantize_model can start."""
     check_grid(bits, group_size)
     if not isinstance(getattr(model, "base_model", None), nn.Module) or not hasattr(model, "config"):
         raise ValueError(f"model is a {type(model).__name__}: it must be a transformers causal LM")
     if any(isinstance(module, AWQLinear) for module in model.modules()):
         raise ValueError("model is quantised already: it must have full-precision weights")
+    if model.dtype not in FOLD_TOLERANCE:
+        raise ValueError(f"model is {model.dtype}: it must be one of {list(FOLD_TOLERANCE)}")
     if refine is not None and refine not in REFINEMENTS:
         raise ValueError(f"refine is {refine!r}: it must be None or one of {list(REFINEMENTS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.numel() == 0 \
-            or tokens.is_floating_point():
-        shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        raise ValueError(f"tokens is {shape}: it must be an integer tensor [samples, length]")
+            or tokens.dtype not in (torch.int32, torch.int64):
+        kind = (f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor)
+                else type(tokens).__name__)
+        raise ValueError(f"tokens is {kind}: it must be an int64 tensor [samples, length]")
+    sequence_length(model, tokens.shape[1])
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise ValueError(f"tokens run from {tokens.min()} to {tokens.max()}: they must be in "
@@ -917,20 +923,28 @@ def check_arguments(model, tokens, bits, group_size, refine):
             raise ValueError(f"{name} contains NaN or Inf: weights must be finite")
 
 
-def plan_blocks(prefix, blocks, calls, bits, group_size):
-    """plan_block for every block, once per structure: ([groups of block 0, ...], {layer: reason})."""
-    plans, skipped, known = [], {}, {}
+def plan_model(model, tokens, bits, group_size):
+    """plan_block for every block, once per structure.
+
+    Returns ([[Group, ...] of each block], the blocks' name, the blocks, [Call of each on a few
+    tokens], {skipped layer: reason}); ValueError if no layer can be quantised.
+    """
+    model.eval()
+    replace_conv1d(model)
+    prefix, blocks = find_blocks(model)
+    calls = record_calls(model, blocks, tokens[:2, :16].to(model.device))
+    plans, skipped, known = [], skip_outside(model, prefix), {}
     for index, (block, call) in enumerate(zip(blocks, calls)):
         structure = repr(block) + repr([tuple(p.shape) for p in block.parameters()])
         if structure not in known:
             known[structure] = plan_block(block, call, bits, group_size)
         groups, reasons = known[structure]
-        plans.append(list(groups))
+        plans.append(groups)
         skipped.update({f"{prefix}.{index}.{name}": reason for name, reason in reasons.items()})
     if not any(plans):
         raise ValueError(f"group_size is {group_size}: no layer can be quantised: "
                          f"{'; '.join(sorted(set(skipped.values()))) or 'there is no nn.Linear'}")
-    return plans, skipped
+    return plans, prefix, blocks, calls, skipped
 
 
 def skip_outside(model, prefix):
@@ -946,27 +960,19 @@ def round_model(model, bits=4, group_size=128):
     Returns {"bits", "group_size", "groups": [], "skipped", "seconds"}; errors as quantize_model.
     """
     start = time.time()
-    token = torch.zeros(2, 1, dtype=torch.long)
-    check_arguments(model, token, bits, group_size, None)
-    replace_conv1d(model)
-    prefix, blocks = find_blocks(model)
-    skipped = skip_outside(model, prefix)
-    for name, layer in list(blocks.named_modules()):
-        if isinstance(layer, nn.Linear):
-            reason = reason_to_skip(layer, bits, group_size)
-            if reason:
-                skipped[f"{prefix}.{name}"] = reason
-            else:
-                blocks.set_submodule(name, AWQLinear.from_weight(
-                    layer.weight, layer.bias, bits, check_grid(bits, group_size, layer.in_features)))
+    tokens = torch.zeros(2, 1, dtype=torch.long)
+    check_arguments(model, tokens, bits, group_size)
+    plans, _, blocks, _, skipped = plan_model(model, tokens, bits, group_size)
+    for block, groups in zip(blocks, plans):
+        for group in groups:
+            W = torch.cat([block.get_submodule(name).weight for name in group.layers])
+            pack_group(block, group, W, None, bits, group_size)
     model.config.quantization_config = checkpoint_config(bits, group_size, list(skipped))
     return {"bits": bits, "group_size": group_size, "groups": [], "skipped": skipped,
             "seconds": time.time() - start}
 
 
-# ----------------------------------------------------------------------------------------------
-# The packed layer
-# ----------------------------------------------------------------------------------------------
+# ---- The packed layer ----------------------------------------------------------------------------
 
 
 class AWQLinear(nn.Module):
@@ -1009,16 +1015,22 @@ class AWQLinear(nn.Module):
         return dequantize(q, self.scales.T, zero)
 
     def forward(self, x):
-        return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), bias)
+
+    def _apply(self, function, recurse=True):
+        """Moves with the module, but .to(dtype) leaves the scales float16: they are exact there."""
+        scales = self.scales
+        super()._apply(function, recurse)
+        self.scales = scales.to(self.qweight.device)
+        return self
 
     def extra_repr(self):
         return (f"in_features={self.in_features}, out_features={self.out_features}, "
                 f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}")
 
 
-# ----------------------------------------------------------------------------------------------
-# Calibration text
-# ----------------------------------------------------------------------------------------------
+# ---- Calibration text ----------------------------------------------------------------------------
 
 DATASETS = ("wikitext", "pileval", "pydoc")
 
@@ -1026,24 +1038,28 @@ DATASETS = ("wikitext", "pileval", "pydoc")
 def load_documents(data, split="train"):
     """The documents of `data`: "wikitext" or "pileval" (hub), "pydoc" (offline), a text file's path.
 
-    ValueError for an unknown name or an empty text, OSError for a hub that cannot be reached.
+    split: "train" or "test"; a file has none and is used whole. ValueError for an unknown name,
+    OSError for a data set that cannot be reached.
     """
     if data == "pydoc":
+        from tinylm.corpus import stdlib_documents
         return stdlib_documents(split)
     if data in ("wikitext", "pileval"):
         from datasets import load_dataset
-        name, subset = {"wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-                        "pileval": ("mit-han-lab/pile-val-backup", None)}[data]
-        if data == "pileval":
-            split = "validation[:4096]"
+        name, subset, part = {
+            ("wikitext", "train"): ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+            ("wikitext", "test"): ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+            ("pileval", "train"): ("mit-han-lab/pile-val-backup", None, "validation[:4096]"),
+            ("pileval", "test"): ("mit-han-lab/pile-val-backup", None, "validation[4096:4608]"),
+        }[data, split]
         try:
-            return list(load_dataset(name, subset, split=split)["text"])
+            return list(load_dataset(name, subset, split=part)["text"])
         except OSError as error:
-            raise OSError(f"data set {data!r} ({name}) cannot be loaded from the hub: {error}; "
-                          "\"pydoc\" and text files work offline") from error
+            raise OSError(f"data set {data!r} ({name}) cannot be loaded from the hub: offline, use "
+                          "'pydoc' or a text file") from error
     if isinstance(data, (str, os.PathLike)) and Path(data).is_file():
         return [Path(data).read_text(encoding="utf-8")]
-    raise ValueError(f"data is {data!r}: it must be one of {DATASETS} or an existing text file")
+    raise ValueError(f"data is {str(data)!r}: it must be one of {DATASETS} or an existing text file")
 
 
 def calibration_tokens(calib_data, tokenizer, samples=128, seq_len=512, seed=0):
@@ -1053,6 +1069,8 @@ def calibration_tokens(calib_data, tokenizer, samples=128, seq_len=512, seed=0):
     [samples, length], which is returned as it is. Documents are joined by blank lines, tokenised
     and cut to windows of seq_len; the seed chooses `samples` of them. ValueError if there are fewer.
     """
+    if samples < 1 or seq_len < 1:
+        raise ValueError(f"samples is {samples}, seq_len {seq_len}: both must be at least 1")
     if isinstance(calib_data, torch.Tensor):
         return calib_data
     if isinstance(calib_data, (list, tuple)):
@@ -1070,55 +1088,7 @@ def calibration_tokens(calib_data, tokenizer, samples=128, seq_len=512, seed=0):
     return windows[chosen]
 
 
-def stdlib_documents(split, source=False):
-    """Offline text that every CPython carries: the language reference and the library's docstrings.
-
-    One document is a topic of pydoc_data.topics or all docstrings of a module (source=True: the
-    module's whole source). A hash of the topic's or top-level module's name sends one in ten to
-    split "test" and the rest to "train". Topics quote each other, so a paragraph of a "test"
-    document is also removed from every "train" document that repeats it.
-    """
-    from pydoc_data.topics import topics
-
-    named = dict(topics)
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if not all(part.isidentifier() for part in parts) or SKIPPED_FOLDERS & set(parts):
-            continue
-        text = path.read_text(encoding="utf-8")
-        named[".".join(parts)] = text if source else docstrings(text)
-    test = [text for name, text in named.items() if held_out(name)]
-    if split == "test":
-        return [text for text in test if text]
-    seen = {" ".join(paragraph.split()) for text in test for paragraph in text.split("\n\n")}
-    train = ["\n\n".join(paragraph for paragraph in text.split("\n\n")
-                         if " ".join(paragraph.split()) not in seen)
-             for name, text in named.items() if not held_out(name)]
-    return [text for text in train if text]
-
-
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "ensurepip"}
-
-
-def docstrings(source):
-    """All docstrings of a Python source text, in the order of the file, joined by blank lines."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes)))
-
-
-def held_out(name):
-    """True for one name in ten; `_pydatetime.x`, `_datetime` and `datetime` go the same way."""
-    module = name.split(".")[0]
-    module = module[3:] if module.startswith("_py") else module.lstrip("_")
-    return hashlib.sha256(module.encode()).digest()[0] % 10 == 0
-
-
-# ----------------------------------------------------------------------------------------------
-# Checkpoints
-# ----------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def checkpoint_config(bits, group_size, skipped):
@@ -1144,39 +1114,25 @@ def check_checkpoint_config(config):
 
 
 def read_header(path):
-    """{tensor: (dtype, shape)} of a safetensors file; ValueError if the header and the file disagree."""
-    path = Path(path)
-    size = path.stat().st_size
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name}: only safetensors files are read")
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise ValueError(f"{path.name} is truncated or not safetensors: its header of {length} "
-                             f"bytes does not fit in {size}")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path.name}: its header is not JSON: {error}") from error
-    header.pop("__metadata__", None)
-    position = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if end > size - 8 - length:
-            raise ValueError(f"{path.name}: tensor {name} lies outside the file: it is truncated")
-        bits = int(re.sub(r"\D", "", entry["dtype"].split("_")[0]) or 8)     # "BOOL" has 8
-        if begin != position or 8 * (end - begin) != bits * math.prod(entry["shape"]):
-            raise ValueError(f"{path.name}: tensor {name} of type {entry['dtype']} and shape "
-                             f"{entry['shape']} does not fit bytes {begin} to {end}")
-        position = end
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    """{tensor: (dtype, shape)} of a safetensors file; ValueError if the file is not what it says."""
+    from safetensors import SafetensorError, safe_open
+
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path}: only safetensors files are read")
+    try:
+        with safe_open(path, framework="pt") as file:   # checks the header against the file's size
+            entries = {name: file.get_slice(name) for name in file.keys()}
+            return {name: (entry.get_dtype(), tuple(entry.get_shape()))
+                    for name, entry in entries.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def prepare_packed_layers(model, config, files):
     """Put an AWQLinear where the files hold a packed layer; ValueError if a tensor does not fit."""
+    replace_conv1d(model)
     tensors = {}
-    for file in files:
+    for file in files or ():
         tensors.update({name: (*entry, Path(file).name) for name, entry in read_header(file).items()})
     packed = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     if not packed:
@@ -1288,9 +1244,7 @@ def load_quantized(folder, **kwargs):
     return model
 
 
-# ----------------------------------------------------------------------------------------------
-# The API that AutoAWQ had, and the command line
-# ----------------------------------------------------------------------------------------------
+# ---- The API that AutoAWQ had, and the command line ----------------------------------------------
 
 
 class AutoAWQForCausalLM:
@@ -1403,7 +1357,7 @@ def print_report(report):
     print("| layers | 1/s folded into | alpha | loss / RTN's |")
     print("|---|---|---|---|")
     for line in report["groups"]:
-        layers = ", ".join(name.split(".", 3)[-1] for name in line["layers"])
+        layers = ", ".join(name.split(f".{line['block']}.", 1)[-1] for name in line["layers"])
         ratio = line["loss"] / line["loss_rtn"] if line["loss_rtn"] else 1.0
         print(f"| {line['block']}: {layers} | {line['folded_into'] or 'nothing: s = 1'} "
               f"| {line['alpha']:.2f} | {ratio:.3f} |")

@@ -6,8 +6,9 @@
 
 Protocol: the documents of the test split joined by blank lines, tokenised once, cut into
 non-overlapping windows; negative log-likelihood summed over the predicted tokens (all but the first
-of a window) and divided by their number. Calibration text is the train split, never the test split.
-stdout is one Markdown table; progress goes to stderr.
+of a window) and divided by their number. Calibration text is the train split, never the test split
+(a text file has no splits: give two). stdout is the set-up and one Markdown table; progress goes to
+stderr.
 """
 import argparse
 import json
@@ -54,11 +55,13 @@ PUBLISHED = {
 }
 
 
-def published(model_name, method, bits, group_size):
-    """The paper's perplexity for a row of the table, or None."""
-    name = re.sub(r"-hf$", "", str(model_name).rstrip("/").split("/")[-1].lower())
+def published(args, window, method, bits):
+    """The paper's perplexity for a row of the table, or None if its protocol is another one."""
+    if args.data != "wikitext" or window != 2048 or (bits != 16 and args.group_size != 128):
+        return None
+    name = re.sub(r"-hf$", "", str(args.model).rstrip("/").split("/")[-1].lower())
     column = {("fp", 16): 0, ("rtn", 3): 1, ("awq", 3): 2, ("rtn", 4): 3, ("awq", 4): 4}
-    if name not in PUBLISHED or (method, bits) not in column or (bits != 16 and group_size != 128):
+    if name not in PUBLISHED or (method, bits) not in column:
         return None
     return PUBLISHED[name][column[method, bits]]
 
@@ -67,8 +70,12 @@ def load_model(name, device):
     """(model in eval mode, tokenizer); float32 on CPU, the stored dtype on CUDA."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"model {name!r} cannot be loaded: no such folder, and the hub has no such model "
+                      "or cannot be reached; offline, use tinylm or a local folder") from error
 
 
 def test_windows(data, tokenizer, window):
@@ -78,6 +85,12 @@ def test_windows(data, tokenizer, window):
     if len(ids) < window:
         raise ValueError(f"--data {data} has {len(ids)} tokens: one window needs {window}")
     return ids[:len(ids) // window * window].view(-1, window)
+
+
+def bytes_per_token(windows, tokenizer):
+    """UTF-8 bytes of the text behind a token of the windows: perplexities compare only through it."""
+    text = "".join(tokenizer.batch_decode(windows, skip_special_tokens=True))
+    return len(text.encode()) / windows.numel()
 
 
 @torch.no_grad()
@@ -95,7 +108,7 @@ def perplexity(model, windows, device, batch=4):
 
 def size_of(model):
     """(bytes of all distinct tensors, bits per weight of the packed layers or None)."""
-    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.state_dict().values()]}
+    tensors = {t.data_ptr(): t for t in model.state_dict().values()}
     packed = [m for m in model.modules() if isinstance(m, awq.AWQLinear)]
     bits = sum(8 * t.nbytes for m in packed for t in (m.qweight, m.qzeros, m.scales))
     weights = sum(m.in_features * m.out_features for m in packed)
@@ -123,14 +136,16 @@ def run(args):
     windows = test_windows(args.data, tokenizer, window)
     tokens = awq.calibration_tokens(args.calib, tokenizer, args.samples, length, args.seed)
     setup = {"model": str(args.model), "parameters": sum(p.numel() for p in model.parameters()),
-             "data": args.data, "windows": len(windows), "window": window, "calib": args.calib,
+             "data": args.data, "windows": len(windows), "window": window,
+             "bytes_per_token": bytes_per_token(windows, tokenizer), "calib": args.calib,
              "samples": len(tokens), "seq_len": tokens.shape[1], "seed": args.seed,
              "device": describe_device(args.device), "python": platform.python_version(),
              "torch": torch.__version__, "transformers": __import__("transformers").__version__}
+    print(describe(setup), flush=True)
     size, _ = size_of(model)
     full = perplexity(model, windows, args.device)
     rows = [{"method": "fp", "bits": 16, "group_size": None, "bits_per_weight": 16.0, "bytes": size,
-             "ppl": full, "seconds": 0.0, "published": published(args.model, "fp", 16, None)}]
+             "ppl": full, "seconds": 0.0, "published": published(args, window, "fp", 16)}]
     for bits in args.bits:
         for method in args.methods:
             model, _ = load_model(args.model, args.device)
@@ -140,7 +155,7 @@ def run(args):
                          "bits_per_weight": bits_per_weight, "bytes": size,
                          "ppl": perplexity(model, windows, args.device),
                          "seconds": report["seconds"],
-                         "published": published(args.model, method, bits, args.group_size)})
+                         "published": published(args, window, method, bits)})
     if args.save:
         awq.save_quantized(model.cpu(), args.save, tokenizer)
     return {"setup": setup, "rows": rows}
@@ -152,14 +167,19 @@ def describe_device(device):
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def table(result):
-    """The set-up line and the Markdown table of a result."""
-    setup, rows = result["setup"], result["rows"]
-    lines = [f"{setup['model']}, {setup['parameters'] / 1e6:.1f} M parameters; test text "
-             f"{setup['data']}, {setup['windows']} windows of {setup['window']}; calibration "
-             f"{setup['calib']}, {setup['samples']} x {setup['seq_len']} tokens, seed "
-             f"{setup['seed']}; {setup['device']}; Python {setup['python']}, torch "
-             f"{setup['torch']}, transformers {setup['transformers']}", ""]
+def describe(setup):
+    """The set-up in one line."""
+    return (f"{setup['model']}, {setup['parameters'] / 1e6:.1f} M parameters; test text "
+            f"{setup['data']}, {setup['windows']} windows of {setup['window']}, "
+            f"{setup['bytes_per_token']:.2f} bytes a token; calibration "
+            f"{setup['calib']}, {setup['samples']} x {setup['seq_len']} tokens, seed "
+            f"{setup['seed']}; {setup['device']}; Python {setup['python']}, torch "
+            f"{setup['torch']}, transformers {setup['transformers']}")
+
+
+def table(rows):
+    """The rows as a Markdown table."""
+    lines = []
     show_published = any(row["published"] for row in rows)
     lines.append("| method | bits | group | bits/weight | size | perplexity | difference "
                  "| RTN's loss recovered | seconds |" + (" paper |" if show_published else ""))
@@ -199,6 +219,14 @@ def choice_list(text, valid, what):
     return items
 
 
+def check_device(name):
+    """ValueError unless torch can put a tensor on the device."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -218,12 +246,16 @@ def parse_arguments(argv):
     add("--readme", metavar="FILE", help="write the table between the markers of a README")
     args = parser.parse_args(argv)
     is_tinylm = args.model == "tinylm"
-    args.data = args.data or ("pydoc" if is_tinylm else "wikitext")
-    args.calib = args.calib or (args.data if args.data in awq.DATASETS else "wikitext")
+    default = "pydoc" if is_tinylm else "wikitext"
+    args.data = args.data or default
+    args.calib = args.calib or (args.data if args.data in awq.DATASETS else default)
     args.model = os.path.relpath(HERE / "tinylm") if is_tinylm else args.model
     args.methods = [m for m in choice_list(args.methods, list(METHODS), "--methods") if m != "fp"]
     args.bits = [int(b) for b in choice_list(args.bits, list(map(str, awq.BITS)), "--bits")]
     awq.check_grid(args.bits[0], args.group_size)
+    check_device(args.device)
+    if args.window is not None and args.window < 2:
+        raise ValueError(f"--window is {args.window}: a window needs at least 2 tokens")
     if args.save:
         awq.check_target(args.save)
         if len(args.methods) * len(args.bits) != 1:
@@ -239,12 +271,12 @@ def main(argv=None):
         result = run(args)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-        print(table(result))
+        print("\n" + table(result["rows"]))
         if args.readme:
-            write_between_markers(args.readme, "eval", table(result))
+            text = describe(result["setup"]) + "\n\n" + table(result["rows"])
+            write_between_markers(args.readme, "eval", text)
     except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]} (offline, tinylm, folders, pydoc and text "
-              "files work)", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{time.time() - start:.0f} s in all", file=sys.stderr)
 

@@ -112,12 +112,13 @@ def test_one_sign_group_does_not_collapse():
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("columns", [8, 24, 32, 64, 104])
-def test_unpack_inverts_pack(bits, columns):
+@given(data=st.data(), rows=st.integers(1, 5))
+def test_unpack_inverts_pack(bits, data, rows):
+    columns = data.draw(st.integers(1, 9)) * 8 if bits == 4 else data.draw(st.integers(1, 70))
     generator = torch.Generator().manual_seed(columns)
-    q = torch.randint(0, 2 ** bits, (5, columns), dtype=torch.uint8, generator=generator)
+    q = torch.randint(0, 2 ** bits, (rows, columns), dtype=torch.uint8, generator=generator)
     words = pack(q, bits)
-    assert words.dtype == torch.int32 and words.shape == (5, awq.packed_width(columns, bits))
+    assert words.dtype == torch.int32 and words.shape == (rows, awq.packed_width(columns, bits))
     assert torch.equal(unpack(words, bits, columns), q)
 
 
@@ -181,12 +182,12 @@ def test_search_never_worse_than_rtn(seed, bits, clip):
     found = awq.search_scale(W, C, s_X, bits, 32, clip)
     assert found.loss <= found.loss_rtn
     if clip:
-        shrink = awq.search_shrink(W, awq.diagonal_blocks(C, 32), bits, 32)
+        shrink = awq.search_shrink(W, awq.diagonal_blocks(C, 32), bits, 32, awq.BOTH + awq.EACH)
         assert found.loss <= awq.scaled_loss(W, C, torch.ones(64), shrink, bits, 32)
     E = (fake_quantize(W * found.s, bits, 32, found.shrink) / found.s - W).double()
     assert math.isclose(found.loss, (E @ X.double().T).square().sum() / len(X), rel_tol=1e-3)
-    assert found.loss == min(loss for _, *losses in found.curve for loss in losses
-                             if loss is not None)
+    assert found.loss <= min(loss for _, _, loss in found.curve)
+    assert found.curve[0] == (0, False, found.loss_rtn)
 
 
 def test_search_finds_the_salient_channel():
@@ -199,17 +200,25 @@ def test_search_finds_the_salient_channel():
 
 
 def test_shrink_is_the_best_of_its_grid_for_every_group():
+    """Both ends together, then the upper end alone: each a search over the grid, in float64."""
     W, X = layer(5)
     blocks = awq.diagonal_blocks(X.T @ X / len(X), 32)
-    shrink = awq.search_shrink(W, blocks, 3, 32)
+    both = awq.search_shrink(W, blocks, 3, 32, awq.BOTH)
+    upper = awq.search_shrink(W, blocks, 3, 32, [(1,)], both)
+    assert torch.equal(both[0], both[1]) and torch.equal(upper[0], both[0])
+
+    def loss(n, g, low, high):
+        part = W[n:n + 1, 32 * g:32 * g + 32]
+        e = (fake_quantize(part, 3, 32, (low, high)) - part).double()
+        return (e @ blocks[g].double() @ e.T).item()
+
     for n in range(3):
         for g in range(2):
-            part, C_gg = W[n:n + 1, 32 * g:32 * g + 32], blocks[g].double()
-            losses = {kept: ((e := (fake_quantize(part, 3, 32, kept) - part).double()) @ C_gg @ e.T
-                             ).item() for kept in awq.SHRINKS}
-            assert math.isclose(losses[min(losses, key=losses.get)],
-                                losses[min(losses, key=lambda k: abs(k - shrink[n, g].item()))],
-                                rel_tol=1e-3)
+            best = min(loss(n, g, kept, kept) for kept in awq.SHRINKS)
+            assert math.isclose(loss(n, g, *both[:, n, g]), best, rel_tol=1e-3)
+            best = min(best, *(loss(n, g, both[0, n, g], kept) for kept in awq.SHRINKS))
+            assert math.isclose(loss(n, g, *upper[:, n, g]), best, rel_tol=1e-3)
+    assert (upper[1] != both[1]).any()
 
 
 @pytest.mark.parametrize("refine", ["grid", "gradient"])
@@ -255,7 +264,34 @@ def test_dead_channels_and_silent_layers_have_finite_scales():
     (torch.full((2, 32), float("nan")), 4, 32, "NaN or Inf"),
     (torch.full((2, 32), float("inf")), 4, 32, "NaN or Inf"),
     (torch.full((2, 32), 1e7), 4, 32, "float16"),
+    (torch.zeros(2, 32), 4.0, 32, "bits is 4.0"),
+    (torch.zeros(2, 32), True, 32, "bits is True"),
 ])
 def test_bad_input_is_named(W, bits, group_size, named):
     with pytest.raises(ValueError, match=named):
         quantize(W, bits, group_size)
+
+
+@pytest.mark.parametrize("q, bits, named", [
+    (torch.zeros(2, 12, dtype=torch.uint8), 4, "columns is 12"),
+    (torch.zeros(2, 16, dtype=torch.uint8), 5, "bits is 5"),
+    (torch.full((2, 16), 16), 4, "q runs from 16"),
+    (torch.full((2, 16), -1), 2, "q runs from -1"),
+])
+def test_what_cannot_be_packed_is_named(q, bits, named):
+    with pytest.raises(ValueError, match=named):
+        pack(q, bits)
+
+
+def test_words_of_another_width_are_named():
+    with pytest.raises(ValueError, match="words is"):
+        unpack(torch.zeros(2, 3, dtype=torch.int32), 4, 16)
+    with pytest.raises(ValueError, match="columns is 12"):
+        awq.AWQLinear(128, 12, bits=4)
+
+
+def test_quantize_takes_any_layout_and_dtype():
+    """float16, transposed and sliced weights, group_size -1 and the defaults."""
+    W = torch.randn(128, 6).half().T
+    assert torch.equal(fake_quantize(W), fake_quantize(W.float().contiguous(), 4, 128))
+    assert torch.equal(fake_quantize(W, 3, -1), dequantize(*quantize(W, 3, -1)))

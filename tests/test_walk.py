@@ -207,9 +207,9 @@ def test_later_blocks_see_quantized_inputs(tokens):
     seen = {}
     original = awq.collect_statistics
 
-    def spy(block, groups, run, states):
+    def spy(block, groups, call, states):
         seen.setdefault("states", []).append([state.clone() for state in states])
-        return original(block, groups, run, states)
+        return original(block, groups, call, states)
 
     awq.collect_statistics = spy
     try:

@@ -2,7 +2,7 @@
 
     python tinylm/train.py --out tinylm        # on 2 CPU cores; prints its time when it ends
 
-Text: the "train" split of awq.stdlib_documents (topic texts, docstrings, module sources). The
+Text: the "train" split of corpus.py (topic texts, docstrings, module sources). The
 "test" split is read only for the perplexity printed at the end: nothing is tuned or chosen on it.
 Two of five windows are documentation, the others source code.
 
@@ -12,7 +12,6 @@ the effect AWQ is about. Nothing is planted: the weights are what the optimiser 
 """
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from awq import stdlib_documents  # noqa: E402
+from corpus import stdlib_documents
 
 LENGTH = 512  # tokens in a window
 DOCUMENTATION = 0.4  # share of the windows that are documentation; the others are source code
