@@ -54,6 +54,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 from tqdm import tqdm
 
+import kernel
+
 BITS = (2, 3, 4, 8)
 
 # ---- Quantise and dequantise ---------------------------------------------------------------------
@@ -996,6 +998,7 @@ class AWQLinear(nn.Module):
                                                    device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device)
                              if bias else None)
+        self.repacked, self.prepared_for = None, None   # the kernel's layout of qweight: see prepare
 
     @classmethod
     def from_weight(cls, W, bias, bits, group_size, shrink=None):
@@ -1010,17 +1013,46 @@ class AWQLinear(nn.Module):
 
     def dequantized_weight(self):
         """W_hat [N, K] float32."""
-        q = unpack(self.qweight, self.bits, self.out_features).T.contiguous()
+        q = unpack(self.checkpoint_qweight(), self.bits, self.out_features).T.contiguous()
         zero = unpack(self.qzeros, self.bits, self.out_features).T
         return dequantize(q, self.scales.T, zero)
 
+    @property
+    def weight(self):
+        """W_hat anew at every access, for code of transformers that expects a Linear to have it."""
+        return self.dequantized_weight()
+
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), bias)
+        if self.bits != 4:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), bias)
+        # A compiled graph must not rearrange buffers: it takes the layout that is there.
+        if x.is_cuda and self.prepared_for != x.dtype and not torch.compiler.is_compiling():
+            self.prepare(x.dtype)
+        return kernel.awq_linear(x, self.qweight, self.qzeros, self.scales, self.bias,
+                                 group_size=self.group_size, repacked=self.repacked)
+
+    def prepare(self, dtype):
+        """Rearrange the weight for inputs of this dtype; qweight's own memory is given up."""
+        self.qweight, self.repacked, self.prepared_for = self.checkpoint_qweight(), None, dtype
+        self.repacked = kernel.prepare(self.qweight, self.qzeros, self.scales, self.group_size, dtype)
+        if self.repacked is not None:
+            self.qweight = None
+
+    def checkpoint_qweight(self):
+        """qweight as the checkpoint has it, bit for bit, whether rearranged or not."""
+        if self.repacked is None:
+            return self.qweight
+        return kernel.restore(self.repacked, self.out_features, self.in_features)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "qweight"] = self.checkpoint_qweight()
 
     def _apply(self, function, recurse=True):
         """Moves with the module, but .to(dtype) leaves the scales float16: they are exact there."""
         scales = self.scales
+        self.qweight, self.repacked, self.prepared_for = self.checkpoint_qweight(), None, None
         super()._apply(function, recurse)
         self.scales = scales.to(self.qweight.device)
         return self

@@ -110,7 +110,8 @@ def size_of(model):
     """(bytes of all distinct tensors, bits per weight of the packed layers or None)."""
     tensors = {t.data_ptr(): t for t in model.state_dict().values()}
     packed = [m for m in model.modules() if isinstance(m, awq.AWQLinear)]
-    bits = sum(8 * t.nbytes for m in packed for t in (m.qweight, m.qzeros, m.scales))
+    bits = sum(8 * tensor.nbytes for m in packed for name, tensor in m.state_dict().items()
+               if name != "bias")
     weights = sum(m.in_features * m.out_features for m in packed)
     return sum(stored_bytes(t) for t in tensors.values()), bits / weights if weights else None
 
@@ -129,7 +130,7 @@ def quantize(model, method, bits, tokens, args):
 
 
 def run(args):
-    """The set-up and one row, a dict, for every method and number of bits."""
+    """The set-up, one row (a dict) for every method and number of bits, and awq's last report."""
     model, tokenizer = load_model(args.model, args.device)
     window = awq.sequence_length(model, args.window, default=2048)
     length = awq.sequence_length(model, args.seq_len)
@@ -158,7 +159,7 @@ def run(args):
                          "published": published(args, window, method, bits)})
     if args.save:
         awq.save_quantized(model.cpu(), args.save, tokenizer)
-    return {"setup": setup, "rows": rows}
+    return {"setup": setup, "rows": rows}, report
 
 
 def describe_device(device):
@@ -198,6 +199,24 @@ def table(rows):
             cells.append(row["published"] or "")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def alpha_chart(report):
+    """Mermaid chart of loss over alpha, for the layers of a report that scaling helps most."""
+    def unclipped(line):
+        return [loss for _, clipped, loss in line["curve"] if not clipped]
+    line = min((line for line in report["groups"] if line["loss_rtn"]),
+               key=lambda line: min(unclipped(line)) / line["loss_rtn"])
+    curves = [[f"{loss / line['loss_rtn']:.3f}" for _, clipped, loss in line["curve"]
+               if clipped is which] for which in (False, True)]
+    alphas = [f"{alpha:.2f}" for alpha, clipped, _ in line["curve"] if not clipped]
+    lines = [f"Loss of {', '.join(line['layers'])} over alpha, INT{report['bits']}, in units of RTN's "
+             f"(alpha = 0): scale alone (upper line), scale with clipping (lower line). Chosen: alpha = "
+             f"{line['alpha']:.2f}, {line['loss'] / line['loss_rtn']:.3f}.", "", "```mermaid",
+             "xychart-beta", f"    x-axis \"alpha\" [{', '.join(alphas)}]",
+             "    y-axis \"loss / RTN's loss\""]
+    lines += [f"    line [{', '.join(curve)}]" for curve in curves if curve]
+    return "\n".join([*lines, "```"])
 
 
 def write_between_markers(path, name, text):
@@ -243,7 +262,7 @@ def parse_arguments(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--save", metavar="DIR", help="save the quantised model; needs one method and one --bits")
     add("--json", metavar="FILE", help="write the set-up and the rows as JSON")
-    add("--readme", metavar="FILE", help="write the table between the markers of a README")
+    add("--readme", metavar="FILE", help="write table and chart between the markers of a README")
     args = parser.parse_args(argv)
     is_tinylm = args.model == "tinylm"
     default = "pydoc" if is_tinylm else "wikitext"
@@ -268,13 +287,15 @@ def main(argv=None):
     start = time.time()
     try:
         args = parse_arguments(argv)
-        result = run(args)
+        result, report = run(args)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
         print("\n" + table(result["rows"]))
         if args.readme:
             text = describe(result["setup"]) + "\n\n" + table(result["rows"])
             write_between_markers(args.readme, "eval", text)
+            if report["groups"]:
+                write_between_markers(args.readme, "alpha", alpha_chart(report))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

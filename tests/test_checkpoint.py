@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, llama, opt
+from conftest import ROOT, llama, opt, randomize
 from safetensors.torch import load_file, save_file
 
 import awq
@@ -45,6 +45,32 @@ def test_save_and_load_give_the_same_logits(build, bits, dtype, tokens, tmp_path
     assert all(m.scales.dtype == torch.float16 for m in loaded.modules()
                if isinstance(m, awq.AWQLinear))
     assert os.listdir(tmp_path) == ["q"]
+
+
+COMMON = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+              max_position_embeddings=64)
+ROTARY = dict(**COMMON, num_key_value_heads=2, intermediate_size=128, head_dim=16, pad_token_id=0)
+
+
+@pytest.mark.parametrize("kind, config, folds", [
+    ("gemma2", dict(**ROTARY, sliding_window=8), {"1 + gain": 2, "rows": 2}),
+    ("qwen3", ROTARY, {"gain": 2, "rows": 2}),
+    ("phi3", ROTARY, {"gain": 2, "rows": 2}),                           # fused qkv and gate_up
+    ("gpt_neox", dict(**COMMON, intermediate_size=128), {"gain": 2, "rows": 1, None: 1}),
+    ("gpt2", dict(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+     {"gain": 2, "rows": 1, None: 1}),                                  # Conv1D, GELU
+])
+def test_other_families_fold_and_load(kind, config, folds, tokens, tmp_path):
+    """What is folded where follows from the block alone; saved and loaded, the logits are the same."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = randomize(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)),
+                      torch.float32)
+    report = awq.quantize_model(model, tokens, 4, 32, progress=False)
+    kinds = [line["fold"] for line in report["groups"] if line["block"] == 0]
+    assert {kind: kinds.count(kind) for kind in kinds} == folds
+    awq.save_quantized(model, tmp_path / "q")
+    assert torch.equal(awq.load_quantized(tmp_path / "q")(tokens).logits, model(tokens).logits)
 
 
 def test_config_and_tensors_are_the_awq_format(saved):

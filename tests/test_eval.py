@@ -178,6 +178,17 @@ def test_readme_table_is_one_that_eval_prints():
         [("full precision", 16), ("RTN", 4), ("AWQ", 4), ("RTN", 3), ("AWQ", 3)]]
 
 
+def test_chart_shows_the_curve_of_the_report(tokens):
+    report = awq.quantize_model(llama(), tokens, 3, 32, progress=False)
+    chart = evaluation.alpha_chart(report)
+    lines = [json.loads(line.strip()[5:]) for line in chart.splitlines() if "line [" in line]
+    line = next(g for g in report["groups"] if ", ".join(g["layers"]) + " over alpha" in chart)
+    assert [len(values) for values in lines] == [21, 21] and lines[0][0] == 1
+    for values, clipped in zip(lines, (False, True)):
+        expected = [loss / line["loss_rtn"] for _, c, loss in line["curve"] if c is clipped]
+        assert values == pytest.approx(expected, abs=6e-4)
+
+
 def test_write_between_markers_replaces_only_its_block(tmp_path):
     file = tmp_path / "README.md"
     file.write_text("a\n<!-- eval -->\nold\n<!-- /eval -->\nb\n<!-- other -->\nkeep\n<!-- /other -->\n")

@@ -277,3 +277,29 @@ def test_refined_models_work(refine, tokens):
     b = awq.quantize_model(refined, tokens, 3, 32, refine=refine, progress=False)
     assert awq.loss_ratio(b["groups"]) < awq.loss_ratio(a["groups"])
     assert refined(tokens).logits.isfinite().all()
+
+
+def test_a_rearranged_layer_is_still_the_checkpoint():
+    """prepare gives qweight's memory up; state_dict, W_hat, .to and deepcopy know it bit for bit."""
+    torch.manual_seed(0)
+    layer = awq.AWQLinear.from_weight(torch.randn(64, 128), torch.randn(64), 4, 32)
+    expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    W_hat, x = layer.dequantized_weight(), torch.randn(3, 128)
+    layer.prepare(torch.bfloat16)       # on a CPU: torch's own int4 layout
+    if layer.repacked is None:
+        pytest.skip("this torch has no int4 operator for the CPU: nothing is rearranged")
+    assert layer.qweight is None and torch.equal(layer.dequantized_weight(), W_hat)
+    y = layer(x.bfloat16()).float()
+    assert (y - (x @ W_hat.T + expected["bias"])).norm() < 0.02 * y.norm()
+    for state in (layer.state_dict(), copy.deepcopy(layer).bfloat16().state_dict()):
+        assert all(torch.equal(state[name].to(tensor.dtype), tensor) for name, tensor in
+                   expected.items() if name != "bias")
+    assert layer.to(torch.bfloat16).scales.dtype == torch.float16 and layer.qweight is not None
+
+
+def test_layer_takes_any_leading_dimensions_and_strides():
+    layer = awq.AWQLinear.from_weight(torch.randn(16, 64), torch.randn(16).half(), 4, 32)
+    x = torch.randn(5, 64, 3).transpose(1, 2)
+    expected = x @ layer.dequantized_weight().T + layer.bias.float()
+    assert torch.allclose(layer(x), expected, atol=1e-4)
+    assert layer(x[0, 0]).shape == (16,) and layer(x[:0]).shape == (0, 3, 16)

@@ -1,0 +1,1053 @@
+"""INT4 dequantise + matrix product, fused: the AWQ layer's arithmetic on CUDA and on the CPU.
+
+    Y[M, N] = X[M, K] W_hat[N, K]^T,     W_hat[n, k] = (q[n, k] - z[n, k // G]) * scale[n, k // G]
+
+The checkpoint ("GEMM" format) keeps eight columns n in an int32 word, in a curious order:
+
+    bit     31    28 27    24 23    20 19    16 15    12 11     8 7      4 3      0
+            +--------+--------+--------+--------+--------+--------+--------+--------+
+            | 8c + 7 | 8c + 5 | 8c + 3 | 8c + 1 | 8c + 6 | 8c + 4 | 8c + 2 | 8c + 0 |
+            +--------+--------+--------+--------+--------+--------+--------+--------+
+    nibble i     7        6        5        4        3        2        1        0
+
+    qweight [K, N/8] int32    qzeros [K/G, N/8] int32    scales [K/G, N] float16    bias [N]
+
+The order makes sense inside a GPU: (word >> 4 i) & 0x000f000f leaves two neighbouring columns in
+the two halves of a register, and `| 0x6400` makes of an integer q the half 1024 + q.
+
+In this file, top to bottom: packing -> the PyTorch reference -> two weight layouts made for speed
+-> the CUDA source (a teaching kernel of 30 lines, the fast one, a dequantiser) -> its build
+-> the operator and `awq_linear` -> checks and benchmark (`python kernel.py`).
+
+Not here: 2, 3 and 8 bits (awq.py dequantises those), gradients, quantised activations. Activations
+are not staged in shared memory, which KERNEL.md expects to pay from 16 tokens up.
+No speed is claimed: on a GPU, `python kernel.py` measures it.
+"""
+
+import functools
+import shutil
+import subprocess
+import warnings
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i holds column ORDER[i] of its eight
+COLUMN_AT = [ORDER.index(j) for j in range(8)]  # column j lies in nibble COLUMN_AT[j]
+
+# Up to this many tokens the fused kernel, beyond it dequantise + cuBLAS.
+# Not measured yet: an estimate from KERNEL.md's arithmetic; `python kernel.py` prints both sides.
+FUSED_MAX_TOKENS = 128
+
+
+# --- packing: all on bytes, little-endian as every machine torch runs on ------------------------
+def nibbles(words):
+    """int32 [..., C] -> its nibbles, lowest first: uint8 [..., C, 8]"""
+    octets = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))  # [..., C, 4]
+    return torch.stack([octets & 15, octets >> 4], -1).flatten(-2)
+
+
+def from_nibbles(values):
+    """The inverse of nibbles: uint8 [..., 8] -> int32 [...]"""
+    octets = values[..., 0::2] | values[..., 1::2] << 4  # [..., 4]
+    return octets.contiguous().view(torch.int32).squeeze(-1)
+
+
+def unpack(words):
+    """int32 [R, C] of a checkpoint -> integers 0..15 in column order, uint8 [R, 8 C]
+
+    0x76543210 -> 0 4 1 5 2 6 3 7
+    """
+    return nibbles(words)[..., COLUMN_AT].flatten(-2)
+
+
+def pack(q):
+    """The inverse of unpack: uint8 [R, 8 C] -> int32 [R, C]"""
+    return from_nibbles(q.unflatten(-1, (-1, 8))[..., ORDER])
+
+
+# --- reference ----------------------------------------------------------------------------------
+def dequantise(qweight, qzeros, scales, group_size, dtype=torch.float32):
+    """W_hat = (q - z) * scale, [N, K]: computed in float32, rounded once"""
+    q = unpack(qweight).float().unflatten(0, (-1, group_size))  # [K/G, G, N]
+    w_hat = (q - unpack(qzeros).float()[:, None]) * scales.float()[:, None]
+    return w_hat.flatten(0, 1).T.to(dtype)
+
+
+def reference(x, qweight, qzeros, scales, bias, group_size):
+    """Y = X W_hat^T + bias, with W_hat in x's dtype: x [M, K] -> [M, N]"""
+    return F.linear(x, dequantise(qweight, qzeros, scales, group_size, x.dtype), bias)
+
+
+# --- the weight, laid out for tensor cores ------------------------------------------------------
+# Axes of q [N, K] after the view below: row tile, h, g | k tile, j, t, jj, a_hi, half. Lane 4 g + t
+# of a warp finds the words (j, jj) of its tile side by side: 16 bytes, four mma A fragments. Nibble
+# 4 half + 2 a_hi + h of a word is row g + 8 h, input 64 tile + 32 j + 8 t + 4 jj + 2 a_hi + half.
+TILE_AXES = (0, 3, 2, 5, 4, 6, 8, 7, 1)
+
+
+def repack(qweight):
+    """qweight [K, N/8] -> [ceil(N/16), ceil(K/64), 32 lanes, 4 words] int32; padding is q = 0"""
+    q = unpack(qweight).T  # [N, K]
+    q = F.pad(q, (0, -q.shape[1] % 64, 0, -q.shape[0] % 16))
+    rows, tiles = q.shape[0] // 16, q.shape[1] // 64
+    q = q.reshape(rows, 2, 8, tiles, 2, 4, 2, 2, 2).permute(TILE_AXES)
+    return from_nibbles(q.reshape(rows, tiles, 32, 4, 8))
+
+
+def unrepack(words, N, K):
+    """The inverse of repack: -> qweight [K, N/8]"""
+    rows, tiles = words.shape[:2]
+    q = nibbles(words).view(rows, tiles, 8, 4, 2, 2, 2, 2, 2)
+    q = q.permute([TILE_AXES.index(axis) for axis in range(9)]).reshape(16 * rows, 64 * tiles)
+    return pack(q[:N, :K].T)
+
+
+# --- the CPU: torch's own int4 operator for bfloat16, one group at a time for the rest ----------
+def cpu_pack(qweight, qzeros, scales, group_size):
+    """-> torch's int4 weight [N, K/2] uint8 and its table [K/g, N, 2] bfloat16, or None
+
+    The operator computes (q - 8) * scale + shift, both bfloat16: shift = (8 - z) * scale. Its
+    groups g are 32..256 inputs; one of ours may span several of them.
+    """
+    g = next((g for g in (256, 128, 64, 32) if group_size % g == 0), None)
+    if g is None or scales.shape[1] % 16 or not hasattr(
+            torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
+        return None
+    q = unpack(qweight).T.int().contiguous()
+    scale = scales.bfloat16()
+    shift = (8 - unpack(qzeros).float()) * scale.float()
+    table = torch.stack([scale, shift.bfloat16()], -1).repeat_interleave(group_size // g, 0)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), table
+
+
+def cpu_unpack(packed):
+    """The inverse of cpu_pack: [N, K/2] uint8 -> qweight [K, N/8]
+
+    torch has no such operator, and its layout depends on the CPU: blocks of 64 (AVX-512) or 32
+    rows, input after input, each byte two rows: i and i + half a block, or 2i and 2i + 1 in a
+    last, incomplete block. So each guess is packed again: the one that gives the same bytes is it.
+    """
+    N, K = packed.shape[0], 2 * packed.shape[1]
+    for block, by_halves in ((64, True), (32, True), (64, False), (32, False)):
+        q = []
+        for bytes_ in packed.flatten().split(block * K // 2):
+            bytes_ = bytes_.view(K, -1)
+            halves = by_halves and 2 * bytes_.shape[1] == block
+            pair = [bytes_ & 15, bytes_ >> 4]
+            q.append(torch.cat(pair, 1) if halves else torch.stack(pair, -1).flatten(1))
+        q = torch.cat(q, 1)  # [K, N]
+        again = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.T.int().contiguous(), 1)
+        if torch.equal(again, packed):
+            return pack(q)
+    raise RuntimeError(f"cannot read torch {torch.__version__}'s CPU int4 layout, [{N}, {K // 2}]")
+
+
+def grouped(x, qweight, qzeros, scales, bias, group_size):
+    """y = sum_g scale_g (x_g q_g - z_g sum(x_g)), in float32: the dense weight never exists
+
+    Up to 128 rows of q at a time, small enough to stay in the cache; the low nibbles of every byte
+    are one matrix, the high nibbles another. x [M, K] -> [M, N].
+    """
+    K, N = qweight.shape[0], scales.shape[1]
+    columns = torch.arange(N).view(-1, 8)[:, ORDER]  # the column of every nibble
+    columns = torch.cat([columns[:, 0::2].flatten(), columns[:, 1::2].flatten()])
+    scale, zero = scales.float()[:, columns], unpack(qzeros).float()[:, columns]
+    octets, x32 = qweight.contiguous().view(torch.uint8), x.float()  # [K, N/2]
+    y = x32.new_zeros(x.shape[0], N)
+    for group in range(K // group_size):
+        for k in range(group * group_size, (group + 1) * group_size, 128):
+            rows = slice(k, min(k + 128, (group + 1) * group_size))
+            x_g, q_g = x32[:, rows], octets[rows]
+            product = torch.cat([x_g @ (q_g & 15).float(), x_g @ (q_g >> 4).float()], 1)
+            y += scale[group] * (product - zero[group] * x_g.sum(1, keepdim=True))
+    y = torch.empty_like(y).index_copy_(1, columns, y)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+# --- CUDA source --------------------------------------------------------------------------------
+# No torch header in it, so that nvcc alone can compile it and tests/cuda_on_cpu.h can run it.
+CUDA = r"""
+#ifndef CUDA_ON_CPU  // tests/cuda_on_cpu.h brings its own of these, so that a CPU can run this text
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<grid, block, 0, stream>>>(__VA_ARGS__)
+
+// c[16 x 8] += a[16 x 16] b[16 x 8], the whole warp together. With g = lane / 4, t = lane % 4:
+//   a[0] row g,     k 2t, 2t+1        a[2] row g,     k 2t+8, 2t+9      b0 k 2t, 2t+1,   column g
+//   a[1] row g + 8, k 2t, 2t+1        a[3] row g + 8, k 2t+8, 2t+9      b1 k 2t+8, 2t+9, column g
+//   c[0], c[1] row g, columns 2t, 2t+1                 c[2], c[3] row g + 8, the same columns
+template <typename T>
+__device__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+
+template <>
+__device__ void mma<__half>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else  // sm_75 multiplies 8 deep: two steps
+  const unsigned b[2] = {b0, b1};
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
+#endif
+}
+
+template <>
+__device__ void mma<__nv_bfloat16>(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                   unsigned b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  __trap();  // no bfloat16 tensor cores before sm_80; kernel.py never sends it here
+#endif
+}
+#endif  // CUDA_ON_CPU
+
+constexpr int WARPS = 8;  // of a block of the fused kernel
+
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+template <typename T> __device__ T from_float(float v);
+template <> __device__ inline __half from_float(float v) { return __float2half_rn(v); }
+template <> __device__ inline __nv_bfloat16 from_float(float v) { return __float2bfloat16_rn(v); }
+
+template <typename To, typename From> __device__ inline To bits_as(From v) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits under another type");
+  return *reinterpret_cast<To*>(&v);
+}
+
+// Sixteen bytes as an array; streamed: read once, so not worth a place in the L1 cache.
+struct alignas(16) Words { unsigned w[4]; };
+__device__ inline Words load(const void* p) { return bits_as<Words>(*(const uint4*)p); }
+__device__ inline Words stream(const void* p) { return bits_as<Words>(__ldcs((const uint4*)p)); }
+
+// The zero point of column n, from a row of qzeros (nibble order 0 2 4 6 1 3 5 7).
+__device__ inline int zero_point(unsigned word, int n) {
+  return (word >> 4 * (n % 8 / 2 + 4 * (n % 2))) & 15;
+}
+
+// Teaching version: one thread, one output, straight from the checkpoint's own tensors.
+//   y[m, n] = bias[n] + sum over groups of scale * sum over k in the group of x[m, k] (q - z)
+template <typename T>
+__global__ void teaching_kernel(
+    const T* __restrict__ x,               // [M, K]
+    const unsigned* __restrict__ qweight,  // [K, N/8]
+    const unsigned* __restrict__ qzeros,   // [K/G, N/8]
+    const __half* __restrict__ scales,     // [K/G, N]
+    const T* __restrict__ bias,            // [N] or null
+    T* __restrict__ y,                     // [M, N]
+    int M, int N, int K, int G) {
+  // 1. Which output is mine? Neighbouring threads share a packed word: one load serves eight.
+  const int n = blockIdx.x * blockDim.x + threadIdx.x;
+  if (n >= N) return;
+  for (size_t m = blockIdx.y; m < M; m += gridDim.y) {
+    float sum = bias ? to_float(bias[n]) : 0.f;
+    for (int group = 0; group < K / G; group++) {
+      // 2. One scale and one zero point a group.
+      const int zero = zero_point(qzeros[(size_t)group * (N / 8) + n / 8], n);
+      float part = 0.f;
+      for (int k = group * G; k < (group + 1) * G; k++) {
+        // 3. Nibble to integer, integer times activation: float32 throughout, because
+        //    |x| * 15 added up K times does not fit in a half.
+        const int q = zero_point(qweight[(size_t)k * (N / 8) + n / 8], n);
+        part += to_float(x[m * K + k]) * (q - zero);
+      }
+      sum += part * __half2float(scales[(size_t)group * N + n]);
+    }
+    // 4. One rounding, at the very end.
+    y[m * N + n] = from_float<T>(sum);
+  }
+}
+
+// Eight nibbles of a word -> the four registers of an mma A fragment, q - z in each half, exactly.
+template <typename T> struct Dequantise;
+
+template <> struct Dequantise<__half> {
+  __half2 low, high;
+  __device__ Dequantise(int zero_g, int zero_g8)
+      : low(__float2half2_rn(-1024.f - zero_g)), high(__float2half2_rn(-64.f - zero_g8)) {}
+  // 0x6400 | q is the half 1024 + q. Row g + 8 sits four bits higher, as 1024 + 16 q: a sixteenth
+  // of it is 64 + q, so no shift. Both steps are exact for all 256 (q, z).
+  __device__ void operator()(unsigned v, unsigned (&a)[4]) const {
+    const __half2 sixteenth = __float2half2_rn(1.f / 16);
+#pragma unroll
+    for (int i = 0; i < 2; i++, v >>= 8) {
+      const auto q = bits_as<__half2>((v & 0x000f000fu) | 0x64006400u);
+      const auto q16 = bits_as<__half2>((v & 0x00f000f0u) | 0x64006400u);
+      a[2 * i] = bits_as<unsigned>(__hadd2(q, low));
+      a[2 * i + 1] = bits_as<unsigned>(__hfma2(q16, sixteenth, high));
+    }
+  }
+};
+
+template <> struct Dequantise<__nv_bfloat16> {
+  __nv_bfloat162 minus[2];
+  __device__ Dequantise(int zero_g, int zero_g8)
+      : minus{__float2bfloat162_rn(-128.f - zero_g), __float2bfloat162_rn(-128.f - zero_g8)} {}
+  // 0x4300 | q is the bfloat16 128 + q; eight significant bits leave no room for the 16 q trick.
+  __device__ void operator()(unsigned v, unsigned (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++, v >>= 4) {
+      const auto q = bits_as<__nv_bfloat162>((v & 0x000f000fu) | 0x43004300u);
+      a[i] = bits_as<unsigned>(__hadd2(q, minus[i % 2]));
+    }
+  }
+};
+
+// What a warp takes from DRAM for one unit, 16 R outputs by 128 inputs: fetched one unit ahead.
+template <int R, int GROUPS> struct Unit {
+  Words words[R][2];               // two tiles of 64 inputs
+  unsigned zeros[GROUPS][R][2];    // the packed word that holds the zero of row g, of row g + 8
+  __half scales[GROUPS][R][2];
+};
+
+// Y^T = W_hat X^T on tensor cores: the 16 rows of A are output channels, the 8 columns of B tokens.
+// A block owns 16 R ROW_WARPS outputs of 8 NT tokens. Its warps share out the outputs (ROW_WARPS)
+// and the inputs (the rest); gridDim.y shares out the inputs further, gridDim.z the tokens.
+// SLICES: how many slices of 32 inputs have one scale (4: G = 128, 256.. or K; else 1).
+template <typename T, int NT, int R, int ROW_WARPS, int SLICES>
+__global__ void __launch_bounds__(32 * WARPS) fused_kernel(
+    const T* __restrict__ x,              // [M, K], 16-byte aligned
+    const uint4* __restrict__ words,      // [ceil(N/16), ceil(K/64), 32 lanes], see repack()
+    const unsigned* __restrict__ qzeros,  // [K/G, N/8]
+    const __half* __restrict__ scales,    // [K/G, N]
+    const T* __restrict__ bias,           // [N] or null
+    T* __restrict__ y,                    // [M, N]
+    float* partial,                       // [gridDim.y, M, N] if gridDim.y > 1
+    unsigned* arrived,                    // [gridDim.z, gridDim.x] zeros, if gridDim.y > 1
+    int M, int N, int K, int G) {
+  constexpr int ROWS = 16 * R * ROW_WARPS, TOKENS = 8 * NT, K_WARPS = WARPS / ROW_WARPS;
+  constexpr int GROUPS = 4 / SLICES;
+  // + 4: the stores of phase 5 then touch 32 different banks
+  __shared__ float sums[K_WARPS][TOKENS][ROWS + 4];
+  __shared__ bool last;
+
+  // 1. Which outputs, tokens and inputs are mine?
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int row_warp = threadIdx.x / 32 % ROW_WARPS, k_warp = threadIdx.x / 32 / ROW_WARPS;
+  const int row_tiles = (N + 15) / 16, k_tiles = (K + 63) / 64, units = (k_tiles + 1) / 2;
+  const int tile0 = (blockIdx.x * ROW_WARPS + row_warp) * R;
+  const size_t token0 = (size_t)blockIdx.z * TOKENS;
+  const int first = blockIdx.y * K_WARPS + k_warp, step = gridDim.y * K_WARPS;
+  float acc[R][NT][4] = {};
+
+  auto fetch = [&](int u) {
+    Unit<R, GROUPS> unit = {};  // zeros where the matrix ends within a tile: they add nothing
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (tile0 + r < row_tiles && 2 * u + i < k_tiles)
+          unit.words[r][i] =
+              stream(words + ((size_t)(tile0 + r) * k_tiles + 2 * u + i) * 32 + lane);
+#pragma unroll
+      for (int j = 0; j < GROUPS; j++) {
+        const size_t group = min((128 * u + 32 * SLICES * j) / G, K / G - 1);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int row = 16 * (tile0 + r) + 8 * h;
+          if (row < N) {
+            unit.zeros[j][r][h] = qzeros[group * (N / 8) + row / 8];
+            unit.scales[j][r][h] = scales[group * N + row + g];
+          }
+        }
+      }
+    }
+    return unit;
+  };
+
+  Unit<R, GROUPS> next = {};
+  if (first < units) next = fetch(first);
+  for (int u = first; u < units; u += step) {
+    // 2. The next unit's words travel while this one's are used.
+    const Unit<R, GROUPS> now = next;
+    if (u + step < units) next = fetch(u + step);
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++) {
+      float part[R][NT][4] = {};
+#pragma unroll
+      for (int slice = j * SLICES; slice < (j + 1) * SLICES; slice++) {
+        // 3. Activations: eight neighbouring inputs of token g are B of two mma steps.
+        const int k = 128 * u + 32 * slice + 8 * t;
+        Words b[NT] = {};
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+          const size_t token = token0 + 8 * n + g;
+          if (token < M && k < K) b[n] = load(x + token * K + k);
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          // 4. part[16 outputs, 8 tokens] += (q - z)[16, 16] x[16, 8]; every product is exact.
+          const Dequantise<T> dequantise(zero_point(now.zeros[j][r][0], g),
+                                         zero_point(now.zeros[j][r][1], g));
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            unsigned a[4];
+            dequantise(now.words[r][slice / 2].w[slice % 2 * 2 + i], a);
+#pragma unroll
+            for (int n = 0; n < NT; n++) mma<T>(part[r][n], a, b[n].w[2 * i], b[n].w[2 * i + 1]);
+          }
+        }
+      }
+      // The scale, once a group and in float32: it never rounds a weight.
+#pragma unroll
+      for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+          for (int c = 0; c < 4; c++)
+            acc[r][n][c] += __half2float(now.scales[j][r][c / 2]) * part[r][n][c];
+    }
+  }
+
+  // 5. Add up what the warps along k have, in the order of the warps: the same bits every time.
+#pragma unroll
+  for (int r = 0; r < R; r++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int c = 0; c < 4; c++)
+        sums[k_warp][8 * n + 2 * t + c % 2][16 * (row_warp * R + r) + g + c / 2 * 8] = acc[r][n][c];
+  __syncthreads();  // below, a thread reads what other warps wrote to sums
+  for (int o = threadIdx.x; o < TOKENS * ROWS; o += 32 * WARPS) {
+    const size_t token = token0 + o / ROWS;
+    const int row = blockIdx.x * ROWS + o % ROWS;
+    if (token >= M || row >= N) continue;
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < K_WARPS; w++) sum += sums[w][o / ROWS][o % ROWS];
+    if (gridDim.y > 1)
+      __stcg(partial + (blockIdx.y * (size_t)M + token) * N + row, sum);
+    else
+      y[token * N + row] = from_float<T>(sum + (bias ? to_float(bias[row]) : 0.f));
+  }
+  if (gridDim.y == 1) return;
+
+  // 6. Inputs shared out over blocks: whoever arrives last adds the blocks' sums, block 0 first.
+  __threadfence();  // my partial sums are in memory before anyone counts this block as arrived
+  __syncthreads();  // and so are those of every other thread of the block
+  unsigned* counter = arrived + blockIdx.z * gridDim.x + blockIdx.x;
+  if (threadIdx.x == 0) last = atomicAdd(counter, 1u) == gridDim.y - 1;
+  __syncthreads();  // last is known to thread 0 only
+  if (!last) return;
+  __threadfence();  // the other blocks' sums are read after their arrival was seen
+  for (int o = threadIdx.x; o < TOKENS * ROWS; o += 32 * WARPS) {
+    const size_t token = token0 + o / ROWS;
+    const int row = blockIdx.x * ROWS + o % ROWS;
+    if (token >= M || row >= N) continue;
+    float sum = 0.f;
+    for (unsigned s = 0; s < gridDim.y; s++)
+      sum += __ldcg(partial + (s * (size_t)M + token) * N + row);
+    y[token * N + row] = from_float<T>(sum + (bias ? to_float(bias[row]) : 0.f));
+  }
+}
+
+// For many tokens: W_hat [N, K] in T, which cuBLAS multiplies. One thread, one 16-byte load: two
+// rows of eight inputs for each of two slices. G any multiple of 8.
+template <typename T>
+__global__ void dequantise_kernel(
+    const uint4* __restrict__ words,      // [ceil(N/16), ceil(K/64), 32 lanes]
+    const unsigned* __restrict__ qzeros,  // [K/G, N/8]
+    const __half* __restrict__ scales,    // [K/G, N]
+    T* __restrict__ w_hat,                // [N, K]
+    int N, int K, int G) {
+  const size_t index = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+  const int lane = index % 32, g = lane / 4, t = lane % 4, k_tiles = (K + 63) / 64;
+  const size_t k_tile = index / 32 % k_tiles, row_tile = index / 32 / k_tiles;
+  if (row_tile >= (N + 15) / 16) return;
+  const Words packed = stream(words + index);
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    const int k = 64 * k_tile + 32 * j + 8 * t;
+    if (k >= K) continue;
+    const size_t group = k / G;
+    unsigned a[2][4];  // [mma step][row g, row g + 8, row g, row g + 8]
+    int zero[2] = {};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int row = 16 * row_tile + 8 * h;
+      if (row < N) zero[h] = zero_point(__ldg(qzeros + group * (N / 8) + row / 8), g);
+    }
+    const Dequantise<T> dequantise(zero[0], zero[1]);
+    dequantise(packed.w[2 * j], a[0]);
+    dequantise(packed.w[2 * j + 1], a[1]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const size_t row = 16 * row_tile + 8 * h + g;
+      if (row >= N) continue;
+      const float scale = __half2float(__ldg(scales + group * N + row));
+      struct alignas(16) { T v[8]; } out;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const unsigned pair = a[i / 4][i / 2 % 2 * 2 + h];
+        const auto q = bits_as<T>((unsigned short)(i % 2 ? pair >> 16 : pair));
+        out.v[i] = from_float<T>(to_float(q) * scale);
+      }
+      *(uint4*)(w_hat + row * K + k) = bits_as<uint4>(out);
+    }
+  }
+}
+
+// Host side. bf16 selects the type of x, bias, y and w_hat; every pointer is a device pointer.
+// blocks share an SM's L1 copy of X better when they own more outputs, fill more SMs when fewer
+extern "C" int awq_rows_per_block(int M) { return M <= 4 ? 16 : M <= 8 ? 32 : 64; }
+extern "C" int awq_tokens_per_block(int M) { return M <= 8 ? 8 : M <= 16 ? 16 : M <= 32 ? 32 : 64; }
+
+template <typename T, int NT, int R, int ROW_WARPS> auto fused_for_group(int K, int G) {
+  return G % 128 == 0 || G == K ? fused_kernel<T, NT, R, ROW_WARPS, 4>
+                                : fused_kernel<T, NT, R, ROW_WARPS, 1>;
+}
+
+template <typename T>
+void fused(const void* x, const void* words, const void* qzeros, const void* scales,
+           const void* bias, void* y, void* partial, void* arrived,
+           int M, int N, int K, int G, int splits, cudaStream_t stream) {
+  auto kernel = M <= 4    ? fused_for_group<T, 1, 1, 1>(K, G)
+                : M <= 8  ? fused_for_group<T, 1, 2, 1>(K, G)
+                : M <= 16 ? fused_for_group<T, 2, 2, 2>(K, G)
+                : M <= 32 ? fused_for_group<T, 4, 1, 4>(K, G)
+                          : fused_for_group<T, 8, 1, 4>(K, G);
+  const int rows = awq_rows_per_block(M), tokens = awq_tokens_per_block(M);
+  const dim3 grid((N + rows - 1) / rows, splits, (M + tokens - 1) / tokens);
+  LAUNCH(kernel, grid, dim3(32 * WARPS), stream, (const T*)x, (const uint4*)words,
+         (const unsigned*)qzeros, (const __half*)scales, (const T*)bias, (T*)y, (float*)partial,
+         (unsigned*)arrived, M, N, K, G);
+}
+
+extern "C" void awq_fused(bool bf16, const void* x, const void* words, const void* qzeros,
+                          const void* scales, const void* bias, void* y, void* partial,
+                          void* arrived, int M, int N, int K, int G, int splits,
+                          cudaStream_t stream) {
+  (bf16 ? fused<__nv_bfloat16> : fused<__half>)(x, words, qzeros, scales, bias, y, partial,
+                                                arrived, M, N, K, G, splits, stream);
+}
+
+template <typename T>
+void teaching(const void* x, const void* qweight, const void* qzeros, const void* scales,
+              const void* bias, void* y, int M, int N, int K, int G, cudaStream_t stream) {
+  const dim3 grid((N + 127) / 128, M < 65535 ? M : 65535);
+  LAUNCH(teaching_kernel<T>, grid, dim3(128), stream, (const T*)x, (const unsigned*)qweight,
+         (const unsigned*)qzeros, (const __half*)scales, (const T*)bias, (T*)y, M, N, K, G);
+}
+
+extern "C" void awq_teaching(bool bf16, const void* x, const void* qweight, const void* qzeros,
+                             const void* scales, const void* bias, void* y,
+                             int M, int N, int K, int G, cudaStream_t stream) {
+  (bf16 ? teaching<__nv_bfloat16> : teaching<__half>)(x, qweight, qzeros, scales, bias, y,
+                                                      M, N, K, G, stream);
+}
+
+template <typename T>
+void dequantise(const void* words, const void* qzeros, const void* scales, void* w_hat,
+                int N, int K, int G, cudaStream_t stream) {
+  const size_t loads = (size_t)((N + 15) / 16) * ((K + 63) / 64) * 32;
+  LAUNCH(dequantise_kernel<T>, dim3((loads + 255) / 256), dim3(256), stream, (const uint4*)words,
+         (const unsigned*)qzeros, (const __half*)scales, (T*)w_hat, N, K, G);
+}
+
+extern "C" void awq_dequantise(bool bf16, const void* words, const void* qzeros,
+                               const void* scales, void* w_hat, int N, int K, int G,
+                               cudaStream_t stream) {
+  (bf16 ? dequantise<__nv_bfloat16> : dequantise<__half>)(words, qzeros, scales, w_hat,
+                                                          N, K, G, stream);
+}
+"""
+
+# The only C++ that knows torch: pointers, the current stream, the error check.
+BINDING = r"""
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/extension.h>
+
+extern "C" int awq_rows_per_block(int M);
+extern "C" int awq_tokens_per_block(int M);
+extern "C" void awq_fused(bool, const void*, const void*, const void*, const void*, const void*,
+                          void*, void*, void*, int, int, int, int, int, cudaStream_t);
+extern "C" void awq_teaching(bool, const void*, const void*, const void*, const void*, const void*,
+                             void*, int, int, int, int, cudaStream_t);
+extern "C" void awq_dequantise(bool, const void*, const void*, const void*, void*, int, int, int,
+                               cudaStream_t);
+using at::Tensor;
+using Maybe = std::optional<at::Tensor>;
+static void* pointer(const Maybe& t) { return t ? t->data_ptr() : nullptr; }
+static bool is_bf16(const Tensor& t) { return t.scalar_type() == at::kBFloat16; }
+
+int64_t rows_per_block(int64_t M) { return awq_rows_per_block(M); }
+int64_t tokens_per_block(int64_t M) { return awq_tokens_per_block(M); }
+
+void fused(const Tensor& x, const Tensor& words, const Tensor& qzeros, const Tensor& scales,
+           const Maybe& bias, Tensor y, const Maybe& partial, const Maybe& arrived,
+           int64_t G, int64_t splits) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  awq_fused(is_bf16(x), x.data_ptr(), words.data_ptr(), qzeros.data_ptr(), scales.data_ptr(),
+            pointer(bias), y.data_ptr(), pointer(partial), pointer(arrived),
+            x.size(0), y.size(1), x.size(1), G, splits, c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void teaching(const Tensor& x, const Tensor& qweight, const Tensor& qzeros, const Tensor& scales,
+              const Maybe& bias, Tensor y, int64_t G) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  awq_teaching(is_bf16(x), x.data_ptr(), qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr(),
+               pointer(bias), y.data_ptr(), x.size(0), y.size(1), x.size(1), G,
+               c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void dequantise(const Tensor& words, const Tensor& qzeros, const Tensor& scales, Tensor w_hat,
+                int64_t G) {
+  const c10::cuda::CUDAGuard guard(words.device());
+  awq_dequantise(is_bf16(w_hat), words.data_ptr(), qzeros.data_ptr(), scales.data_ptr(),
+                 w_hat.data_ptr(), w_hat.size(0), w_hat.size(1), G,
+                 c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+"""
+
+
+# --- build --------------------------------------------------------------------------------------
+def build_flags(capability, compilable):
+    """nvcc's -gencode flags: machine code where nvcc knows the GPU, else PTX of the nearest below
+
+    capability (9, 0); compilable: what nvcc knows, as [75, 80, 90].
+    """
+    arch = 10 * capability[0] + capability[1]
+    known = max((a for a in compilable if 75 <= a <= arch), default=None)
+    if known is None:
+        raise RuntimeError(f"compute capability {capability} needs sm_75 or newer and an nvcc that "
+                           f"knows it; this nvcc compiles for {compilable}")
+    ptx = f"-gencode=arch=compute_{known},code=compute_{known}"
+    return [ptx] + ([f"-gencode=arch=compute_{arch},code=sm_{arch}"] if known == arch else [])
+
+
+@functools.cache
+def extension(capability):
+    """The CUDA code for one compute capability, built once (cached on disk); None with a warning"""
+    from torch.utils import cpp_extension  # slow to import, and only needed here
+    try:
+        home = cpp_extension.CUDA_HOME
+        nvcc = home and shutil.which("nvcc", path=f"{home}/bin")
+        if not nvcc:
+            raise RuntimeError("nvcc not found: install the CUDA toolkit or set CUDA_HOME")
+        if not cpp_extension.is_ninja_available():
+            raise RuntimeError("ninja not found: pip install ninja")
+        if not shutil.which(cpp_extension.get_cxx_compiler()):
+            raise RuntimeError(f"no host compiler {cpp_extension.get_cxx_compiler()}: install g++")
+        listed = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+        compilable = [int(a.removeprefix("compute_")) for a in listed if a[8:].isdigit()]
+        return cpp_extension.load_inline(
+            name=f"awq_kernel_sm_{capability[0]}{capability[1]}",
+            cpp_sources=BINDING, cuda_sources=CUDA, with_cuda=True,
+            functions=["fused", "teaching", "dequantise", "rows_per_block", "tokens_per_block"],
+            extra_cuda_cflags=["-O3", *build_flags(capability, compilable)])
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as reason:
+        warnings.warn(f"AWQ's CUDA kernel cannot be built, using the slower PyTorch code: {reason}")
+        return None
+
+
+# --- the operator -------------------------------------------------------------------------------
+class Repacked(NamedTuple):
+    """A weight in the layout its device likes; it holds what qweight held, so qweight may go."""
+    words: Tensor  # CUDA: int32 [ceil(N/16), ceil(K/64), 32, 4]; CPU: uint8 [N, K/2]
+    table: Optional[Tensor]  # CPU: bfloat16 [K/g, N, 2]; CUDA: None
+
+
+METHODS = ("auto", "reference", "teaching", "fused", "dequantise")
+
+
+def prepare(qweight, qzeros, scales, group_size, dtype):
+    """The weight rearranged for activations of `dtype` on qweight's device, or None
+
+    None where the checkpoint's own tensors serve: float32, float16 on a CPU, groups that are no
+    multiple of 8 (CUDA) or 32 (CPU), no compiler. It builds the CUDA code: call it, or the layer
+    once, before capturing a CUDA graph.
+    """
+    _check_packed(qweight, qzeros, scales, group_size)
+    if qweight.device.type == "cpu" and dtype == torch.bfloat16:
+        packed = cpu_pack(qweight, qzeros, scales, group_size)
+        return packed and Repacked(*packed)
+    if qweight.is_cuda and dtype in (torch.float16, torch.bfloat16) and group_size % 8 == 0:
+        if extension(torch.cuda.get_device_capability(qweight.device)):
+            return Repacked(repack(qweight), None)
+    return None
+
+
+def restore(repacked, N, K):
+    """qweight [K, N/8] from what prepare returned: the same bits"""
+    words = repacked.words
+    return cpu_unpack(words) if words.dtype == torch.uint8 else unrepack(words, N, K)
+
+
+# weight: qweight or Repacked.words, told apart by shape. Opaque to torch.compile: no graph break.
+@torch.library.custom_op("awq_reference::linear", mutates_args=())
+def linear_op(x: Tensor, weight: Tensor, table: Optional[Tensor], qzeros: Tensor, scales: Tensor,
+              bias: Optional[Tensor], group_size: int, method: str) -> Tensor:
+    """x [M, K] -> [M, N]; arguments already checked by awq_linear"""
+    (M, K), N = x.shape, scales.shape[1]
+    if M == 0 or N == 0:
+        return x.new_empty(M, N)
+    x, qzeros, scales = x.contiguous(), qzeros.contiguous(), scales.contiguous()
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if x.is_cuda and method != "reference":
+        y = _cuda(x, weight, qzeros, scales, bias, group_size, method)
+        if y is not None:
+            return y
+    elif weight.dtype == torch.uint8 and x.dtype == torch.bfloat16 and method == "auto":
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, K // table.shape[0], table)
+        return y if bias is None else y + bias
+    qweight = weight if weight.shape == (K, N // 8) and weight.dtype == torch.int32 else restore(
+        Repacked(weight, table), N, K)
+    plain = grouped if method == "auto" and not x.is_cuda else reference
+    return plain(x, qweight, qzeros, scales, bias, group_size)
+
+
+@linear_op.register_fake
+def _(x, weight, table, qzeros, scales, bias, group_size, method):
+    return x.new_empty(x.shape[0], scales.shape[1])
+
+
+def _cuda(x, weight, qzeros, scales, bias, G, method):
+    """The CUDA methods; None: nothing here applies, and "auto" goes on to the reference"""
+    properties = torch.cuda.get_device_properties(x.device)
+    built = extension((properties.major, properties.minor))
+    (M, K), N = x.shape, scales.shape[1]
+    repacked = weight.dim() == 4
+    can = {
+        "teaching": x.dtype != torch.float32,
+        "fused": repacked and x.dtype != torch.float32 and (G % 32 == 0 or G == K and K % 8 == 0)
+        and (x.dtype == torch.float16 or properties.major >= 8),
+        "dequantise": repacked and x.dtype != torch.float32 and G % 8 == 0}
+    if method == "auto":
+        method = "fused" if can["fused"] and M <= FUSED_MAX_TOKENS else "dequantise"
+        if built is None or not can[method]:
+            return None
+    if built is None:
+        raise RuntimeError(f"method {method!r}: the CUDA code could not be built, see the warning")
+    if not can[method]:
+        raise ValueError(f"method {method!r} does not do x {x.dtype}, group_size {G}, sm_"
+                         f"{properties.major}{properties.minor}, repacked weight: {repacked}")
+    if method == "dequantise":
+        w_hat = x.new_empty(N, K)
+        built.dequantise(weight, qzeros, scales, w_hat, G)
+        return F.linear(x, w_hat, bias)
+    y = x.new_empty(M, N)
+    if method == "teaching":
+        qweight = unrepack(weight, N, K) if repacked else weight.contiguous()
+        built.teaching(x, qweight, qzeros, scales, bias, y, G)
+        return y
+    x = x if x.data_ptr() % 16 == 0 else x.clone()  # a view at an odd offset: 16-byte loads need it
+    blocks = -(-N // built.rows_per_block(M)) * -(-M // built.tokens_per_block(M))
+    # Fewer blocks than SMs: share out K too, while a block still has a unit of 128 for each warp.
+    splits = max(1, min(properties.multi_processor_count // blocks, K // (8 * 128)))
+    partial = arrived = None
+    if splits > 1:
+        partial = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
+        arrived = torch.zeros(blocks, dtype=torch.int32, device=x.device)
+    built.fused(x, weight, qzeros, scales, bias, y, partial, arrived, G, splits)
+    return y
+
+
+def _check_packed(qweight, qzeros, scales, group_size):
+    """The packed tensors belong together; returns (N, K). qweight may be None."""
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size is {group_size!r}: it must be a positive integer "
+                         "(pass in_features for one group a row)")
+    for name, tensor, dtype in (("qweight", qweight, torch.int32), ("qzeros", qzeros, torch.int32),
+                                ("scales", scales, torch.float16)):
+        if name == "qweight" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() != 2:
+            got = (f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor)
+                   else type(tensor).__name__)
+            raise ValueError(f"{name} is {got}: it must be a 2-D tensor of {dtype}")
+        if tensor.device != scales.device:
+            raise ValueError(f"{name} is on {tensor.device}: it must be on scales' {scales.device}")
+    groups, N = scales.shape
+    K = groups * group_size
+    if N % 8:
+        raise ValueError(f"scales is {list(scales.shape)}: N = {N} must be a multiple of 8")
+    for name, tensor, shape in (("qzeros", qzeros, (groups, N // 8)),
+                                ("qweight", qweight, (K, N // 8))):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}: scales {list(scales.shape)} and "
+                             f"group_size {group_size} make it {list(shape)}")
+    return N, K
+
+
+def awq_linear(x, qweight, qzeros, scales, bias=None, *, group_size, repacked=None, method="auto"):
+    """y = x W_hat^T + bias
+
+    x         [..., K]    float32, float16 or bfloat16; any strides
+    qweight   [K, N/8]    int32; None if repacked is given
+    qzeros    [K/G, N/8]  int32
+    scales    [K/G, N]    float16
+    bias      [N]         any floating dtype, or None
+    repacked  what prepare() returned for these tensors
+    method    "auto", or one of METHODS: "reference" anywhere, the others on CUDA
+    returns   [..., N]    in x's dtype
+    """
+    N, K = _check_packed(qweight, qzeros, scales, group_size)
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"x is {getattr(x, 'dtype', type(x).__name__)}: it must be a tensor of "
+                         "float32, float16 or bfloat16")
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x is {list(x.shape)}: its last dimension must be K = {K}")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: it must be one of {METHODS}")
+    if method not in ("auto", "reference") and not x.is_cuda:
+        raise ValueError(f"method is {method!r} and x is on {x.device}: it needs a CUDA tensor")
+    if bias is not None and (bias.shape != (N,) or not bias.is_floating_point()):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}: it must be floating, [{N}]")
+    if qweight is None and repacked is None:
+        raise ValueError("qweight and repacked are both None: one of them must hold the weight")
+    weight, table = (qweight, None) if repacked is None else repacked
+    for name, tensor in (("scales", scales), ("bias", bias), ("repacked", weight)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}: it must be on x's {x.device}")
+    if repacked is not None:
+        dtype, shape = ((torch.uint8, (N, K // 2)) if table is not None else
+                        (torch.int32, (-(-N // 16), -(-K // 64), 32, 4)))
+        if weight.shape != shape or weight.dtype != dtype:
+            raise ValueError(f"repacked is {weight.dtype} {list(weight.shape)}: N = {N}, K = {K} "
+                             f"make it {dtype} {list(shape)}")
+    y = linear_op(x.reshape(-1, K), weight, table, qzeros, scales, bias, group_size, method)
+    return y.view(*x.shape[:-1], N)
+
+
+# --- checks and benchmark: python kernel.py [--check] [--json FILE] -----------------------------
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (8192, 8192), (8192, 28672))
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+# ||y - exact|| / ||exact|| allowed: y's own rounding, and that of the weights where a method has it
+ERROR_LIMIT = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def random_weight(N, K, G, device):
+    """qweight and qzeros of random bits, scales that give outputs of a usual size"""
+    words = [torch.randint(-2**31, 2**31, shape, device=device).to(torch.int32)
+             for shape in ((K, N // 8), (K // G, N // 8))]
+    return (*words, torch.empty(K // G, N, device=device).uniform_(1e-3, 5e-3).half())
+
+
+def relative_error(y, x, packed, G):
+    """||y - exact|| / ||exact||, exact in float64"""
+    q = unpack(packed[0]).double() - unpack(packed[1]).double().repeat_interleave(G, 0)
+    exact = x.double() @ (q * packed[2].double().repeat_interleave(G, 0))  # [K, N]
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def check(device):
+    """Every method, dtype and kind of shape against float64: (number of cases, failures)"""
+    cases, failures = 0, []
+    for N, K, G in ((64, 512, 32), (72, 448, 64), (1024, 2048, 128), (40, 200, 200), (24, 72, 8)):
+        packed = random_weight(N, K, G, device)
+        for dtype in ERROR_LIMIT:
+            ready = prepare(*packed, G, dtype)
+            methods = ["auto", "reference"]
+            if device.type == "cuda" and ready:
+                methods += ["teaching", "dequantise"]
+                sm_80 = torch.cuda.get_device_capability() >= (8, 0)
+                methods += ["fused"] * (G != 8 and (sm_80 or dtype == torch.float16))
+            for M in (1, 7, 8, 9, 16, 17, 65, 200):
+                x = torch.randn(M, K, device=device).to(dtype)
+                for method in methods:
+                    y = awq_linear(x, *packed, group_size=G, repacked=ready, method=method)
+                    error = relative_error(y, x, packed, G)
+                    cases += 1
+                    if not error <= ERROR_LIMIT[dtype]:  # so written that NaN fails too
+                        failures.append(f"{method} {dtype} M={M} N={N} K={K} G={G}: {error:.1e}")
+    return cases, failures
+
+
+def graph_times(calls, replays=50):
+    """{name: [functions]} -> {name: [median, 10th, 90th percentile]} in microseconds a call
+
+    One CUDA graph a name. They are replayed in turn, so that a change of clock meets them all.
+    """
+    graphs, times = {}, {name: [] for name in calls}
+    for name, functions in calls.items():
+        functions[0]()  # builds and warms up outside the capture
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for function in functions:
+                function()
+    for replay in range(-5, replays):  # five to warm up
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if replay >= 0:
+                times[name].append(1e3 * start.elapsed_time(end) / len(calls[name]))
+    quantiles = torch.tensor([0.5, 0.1, 0.9])
+    return {name: torch.tensor(t).quantile(quantiles).tolist() for name, t in times.items()}
+
+
+def tinygemm_pack(qweight, qzeros, scales):
+    """The same weight for torch._weight_int4pack_mm, which computes (q - 8) * scale + shift"""
+    q, scale = unpack(qweight).T, scales.bfloat16()
+    shift = (8 - unpack(qzeros).float()) * scale.float()
+    return (torch._convert_weight_to_int4pack((q[:, 0::2] << 4 | q[:, 1::2]).contiguous(), 8),
+            torch.stack([scale, shift.bfloat16()], -1).contiguous())
+
+
+def benchmark_shape(K, N, copy_rate, device, G=128):
+    """One row for every M: microseconds of every method on cold weights, errors, TB/s"""
+    size = N * K // 2 + K // G * (2 * N + N // 2)  # bytes of words, scales and zeros
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    weights = [random_weight(N, K, G, device) for _ in range(1 + max(1, 2 * l2 // size))]
+    dense = [dequantise(*w, G, torch.float16).contiguous() for w in weights]
+    ready = [prepare(*w, G, torch.float16) for w in weights]
+    tiny = [tinygemm_pack(*w) for w in weights]
+    rows = []
+    for M in TOKENS:
+        x = torch.randn(M, K, device=device).half()
+        x16 = x.bfloat16()  # tinygemm has no float16
+
+        def ours(method, i):
+            return awq_linear(x, *weights[i], group_size=G, method=method,
+                              repacked=None if method == "teaching" else ready[i])
+
+        run = {"cublas": lambda i: F.linear(x, dense[i]),
+               "tinygemm": lambda i: torch._weight_int4pack_mm(x16, tiny[i][0], G, tiny[i][1])}
+        for method in ("auto", "fused", "dequantise", "teaching"):
+            if method != "teaching" or M <= 16:  # beyond, it takes longer than all the others
+                run[method] = functools.partial(ours, method)
+        error = {name: relative_error(f(0), x, weights[0], G) for name, f in run.items()}
+        wrong = {n: e for n, e in error.items()
+                 if not e <= ERROR_LIMIT[torch.bfloat16 if n == "tinygemm" else torch.float16]}
+        if wrong:
+            raise SystemExit(f"{K} x {N}, M = {M}: wrong results are not timed: {wrong}")
+        us = graph_times({name: [functools.partial(f, i % len(weights))
+                                 for i in range(max(20, len(weights)))] for name, f in run.items()})
+        rate = (size + 2 * M * (N + K)) / us["auto"][0] / 1e6  # TB/s
+        rows.append({"K": K, "N": N, "M": M, "us": us, "error": error, "TB/s": rate,
+                     "of_copy": rate / copy_rate, "ratio": us["cublas"][0] / us["auto"][0]})
+    return rows
+
+
+def benchmark_model(device, steps=64, **config):
+    """Tokens a second of a LLaMA-7B-shaped random model, batch 1, float16 against packed
+
+    The packed model is made of awq.AWQLinear with random words: speed does not depend on them.
+    """
+    import time
+
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    from awq import AWQLinear
+    config = LlamaConfig(**{"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000,
+                            "num_hidden_layers": 32, "num_attention_heads": 32, **config})
+    config.dtype = torch.float16
+    report, cuda = {}, device.type == "cuda"
+    for name in ("float16", "packed"):
+        with torch.device(device):
+            model = LlamaForCausalLM(config).half().eval().requires_grad_(False)
+        for block in model.model.layers if name == "packed" else ():
+            for path, linear in list(block.named_modules()):
+                if isinstance(linear, torch.nn.Linear):
+                    K, N = linear.in_features, linear.out_features
+                    with torch.device(device):
+                        layer = AWQLinear(K, N, bias=False, bits=4, group_size=128)
+                    for buffer, value in zip(("qweight", "qzeros", "scales"),
+                                             random_weight(N, K, 128, device), strict=True):
+                        getattr(layer, buffer).copy_(value)
+                    block.set_submodule(path, layer)
+        token = torch.ones(1, 1, dtype=torch.long, device=device)
+        cache = StaticCache(config=config, max_cache_len=2 * steps)
+
+        @torch.no_grad()
+        def step():
+            logits = model(token, past_key_values=cache, use_cache=True).logits
+            token.copy_(logits[:, -1:].argmax(-1))
+
+        for _ in range(3):  # repacks, builds, warms up
+            step()
+        if cuda:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
+            step()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+        report[name] = {"tokens/s": steps / (time.perf_counter() - start)}
+        if cuda:
+            report[name]["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+        del model, cache, step
+    return report
+
+
+def main():
+    import argparse
+    import datetime
+    import json
+    import sys
+    parser = argparse.ArgumentParser(description="check and time the fused INT4 kernel")
+    parser.add_argument("--check", action="store_true", help="only verify the results")
+    parser.add_argument("--json", metavar="FILE", help="write the same figures to FILE")
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    report = {"date": datetime.date.today().isoformat(), "python": sys.version.split()[0],
+              "torch": torch.__version__, "cuda": torch.version.cuda,
+              "gpu": torch.cuda.get_device_name() if cuda else None}
+    print(", ".join(f"{key} {value}" for key, value in report.items()))
+    if cuda and extension(torch.cuda.get_device_capability()) is None:
+        raise SystemExit("the CUDA code was not built (see the warning): nothing to check or time")
+    cases, failures = check(device)
+    report |= {"cases": cases, "failures": failures, "rows": [], "model": None}
+    print(f"checked {cases} cases against float64 on {device}: {len(failures)} failed", *failures,
+          sep="\n  ")
+    if not cuda:
+        print("No GPU here: the CPU path was verified, nothing was timed.")
+    elif not failures and not options.check:
+        source = torch.empty(2**30, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copy_us = graph_times({"copy": [lambda: target.copy_(source)] * 20})["copy"][0]
+        copy_rate = report["copy_TB/s"] = 2 * source.numel() / copy_us / 1e6
+        del source, target
+        print(f"copy {copy_rate:.2f} TB/s. Microseconds: median (10th-90th percentile). TB/s, "
+              "share of copy and ratio to cuBLAS are those of auto.\n")
+        names = ("cublas", "tinygemm", "auto", "fused", "dequantise", "teaching")
+        print("| K x N | M |", " | ".join(names), "| TB/s | of copy | ratio | error / cublas |")
+        print("|---" * (len(names) + 6) + "|")
+        for K, N in SHAPES:
+            for row in benchmark_shape(K, N, copy_rate, device):
+                cells = ["{:.1f} ({:.1f}-{:.1f})".format(*row["us"][name]) if name in row["us"]
+                         else "-" for name in names]
+                error = f"{row['error']['auto']:.1e} / {row['error']['cublas']:.1e}"
+                print(f"| {K} x {N} | {row['M']} |", " | ".join(cells), f"| {row['TB/s']:.2f} | "
+                      f"{row['of_copy']:.0%} | {row['ratio']:.2f} | {error} |", flush=True)
+                report["rows"].append(row)
+            torch.cuda.empty_cache()
+        report["model"] = benchmark_model(device)
+        for name, figures in report["model"].items():
+            print(f"7B-shaped model, batch 1, {name}:", figures)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(report, file, indent=1)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

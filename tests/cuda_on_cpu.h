@@ -1,0 +1,280 @@
+// Runs the CUDA text of kernel.py on a CPU, so that its arithmetic is tested where no GPU is.
+//
+//     g++ -std=c++17 -include tests/cuda_on_cpu.h -x c++ kernel.cu -shared -fPIC -o kernel.so
+//
+// Every CUDA thread is a fibre (ucontext): it runs until it needs other threads, at
+// __syncthreads() or mma(), and a scheduler picks the next one in an order drawn from a seed.
+// Blocks run one after the other, in an order drawn from the same seed. What would be a race or a
+// hang on a GPU is then a wrong number under some seed, or one of the messages of fail().
+//
+// Not here: timing, memory ordering finer than the rules at __threadfence(), bank conflicts.
+#pragma once
+#define CUDA_ON_CPU
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __shared__ static  // one block at a time, so one copy will do
+#define LAUNCH(kernel, grid, block, stream, ...) \
+  cpu::launch(grid, block, [=] { (kernel)(__VA_ARGS__); })
+
+using cudaStream_t = void*;
+using std::min;
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+// --- fibres ------------------------------------------------------------------------------------
+namespace cpu {
+enum State { READY, AT_BARRIER, AT_MMA, DONE };
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  State state;
+  dim3 index;
+  bool unfenced;  // has stored a partial sum since its last __threadfence()
+  bool fenced;    // has passed a __threadfence() since its block was counted as arrived
+  unsigned a[4], b[2], mma_count;
+  static constexpr size_t STACK = 128 << 10;
+};
+
+inline std::vector<std::unique_ptr<Fibre>> fibres;
+inline Fibre* self;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+inline std::mt19937 rng;
+inline std::string error;
+inline bool arrived;  // this block has been counted by atomicAdd
+inline std::vector<std::pair<const void*, const void*>> inputs;  // what may be read: begin, end
+
+inline void fail(const char* message) {
+  if (error.empty()) error = message;
+}
+
+inline void wait(State state) {
+  Fibre* me = self;
+  me->state = state;
+  swapcontext(&me->context, &scheduler);
+  threadIdx = me->index;
+}
+
+inline void entry() {
+  body();
+  self->state = DONE;
+  swapcontext(&self->context, &scheduler);
+}
+
+// Threads that all wait for the same thing may go on; returns whether any did.
+inline bool release(size_t begin, size_t end, State state) {
+  for (size_t i = begin; i < end; i++)
+    if (fibres[i]->state != state) return false;
+  for (size_t i = begin; i < end; i++) fibres[i]->state = READY;
+  return true;
+}
+
+inline void run_block(size_t threads) {
+  arrived = false;
+  std::vector<size_t> order(threads);
+  for (size_t i = 0; i < threads; i++) {
+    if (fibres.size() <= i) fibres.push_back(std::make_unique<Fibre>());
+    Fibre& f = *fibres[i];
+    f.index = dim3(i % blockDim.x, i / blockDim.x);
+    f.state = READY;
+    f.unfenced = f.fenced = false;
+    f.mma_count = 0;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = Fibre::STACK;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, entry, 0);
+    order[i] = i;
+  }
+  for (bool progress = true; progress;) {
+    progress = false;
+    std::shuffle(order.begin(), order.end(), rng);
+    for (size_t i : order) {
+      if (fibres[i]->state != READY) continue;
+      self = fibres[i].get();
+      threadIdx = self->index;
+      swapcontext(&scheduler, &self->context);
+      progress = true;
+    }
+    for (size_t warp = 0; warp < threads; warp += 32)
+      if (release(warp, std::min(warp + 32, threads), AT_MMA)) progress = true;
+    if (release(0, threads, AT_BARRIER)) progress = true;
+  }
+  for (size_t i = 0; i < threads; i++) {
+    if (fibres[i]->state == AT_BARRIER) fail("__syncthreads() not reached by every thread");
+    if (fibres[i]->state == AT_MMA) fail("mma() not reached by every lane of a warp");
+  }
+}
+
+inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
+  gridDim = grid, blockDim = block, body = std::move(kernel);
+  if (block.x > 1024 || grid.y > 65535 || grid.z > 65535 || !grid.x || !grid.y || !grid.z)
+    return fail("invalid launch configuration");
+  std::vector<size_t> blocks((size_t)grid.x * grid.y * grid.z);
+  for (size_t i = 0; i < blocks.size(); i++) blocks[i] = i;
+  std::shuffle(blocks.begin(), blocks.end(), rng);
+  for (size_t i : blocks) {
+    blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    run_block(block.x * block.y);
+  }
+}
+}  // namespace cpu
+
+// For the test: start a run; announce what it may read; ask what it did wrong.
+extern "C" void cpu_seed(unsigned seed) {
+  cpu::rng.seed(seed), cpu::error.clear(), cpu::inputs.clear();
+}
+extern "C" void cpu_input(const void* p, size_t bytes) {
+  cpu::inputs.push_back({p, (const char*)p + bytes});
+}
+extern "C" const char* cpu_error() { return cpu::error.c_str(); }
+
+inline void __syncthreads() { cpu::wait(cpu::AT_BARRIER); }
+
+// --- memory: __ldg and __ldcs inside the inputs; what one block tells another ------------------
+template <typename T> T __ldg(const T* p) {
+  for (auto& [begin, end] : cpu::inputs)
+    if (p >= begin && p + 1 <= end) return *p;
+  cpu::fail("read outside the inputs");
+  return {};
+}
+template <typename T> T __ldcs(const T* p) { return __ldg(p); }
+
+template <typename T> void __stcg(T* p, T v) {
+  if (cpu::arrived) cpu::fail("a partial sum stored after its block was counted as arrived");
+  cpu::self->unfenced = true;
+  *p = v;
+}
+
+inline void __threadfence() {
+  cpu::self->unfenced = false;
+  cpu::self->fenced = cpu::arrived;
+}
+
+template <typename T> T atomicAdd(T* p, T v) {
+  for (size_t i = 0; i < blockDim.x; i++)
+    if (cpu::fibres[i]->unfenced) cpu::fail("block counted before a partial sum was fenced");
+  cpu::arrived = true;
+  T old = *p;
+  *p += v;
+  return old;
+}
+
+template <typename T> T __ldcg(const T* p) {
+  if (!cpu::self->fenced) cpu::fail("partial sums read without a fence after the count");
+  return *p;
+}
+
+// --- 16-bit numbers ----------------------------------------------------------------------------
+struct __half { uint16_t bits; };
+struct __half2 { __half x, y; };
+struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+
+// v rounded to `digits` significant bits, ties to even; step: the smallest spacing there is.
+inline double round_to(double v, int digits, double step) {
+  if (v == 0 || !std::isfinite(v)) return v;
+  const double ulp = std::max(std::ldexp(1.0, std::ilogb(v) - digits + 1), step);
+  return std::nearbyint(v / ulp) * ulp;
+}
+
+inline __half to_half(double v) {
+  const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
+  v = round_to(std::fabs(v), 11, std::ldexp(1.0, -24));
+  if (std::isnan(v)) return {0x7fff};
+  if (v >= 65536) return {uint16_t(sign | 0x7c00)};
+  if (v < std::ldexp(1.0, -14)) return {uint16_t(sign | (int)std::ldexp(v, 24))};
+  const int e = std::ilogb(v);
+  return {uint16_t(sign | (e + 15) << 10 | ((int)std::ldexp(v, 10 - e) & 1023))};
+}
+
+inline float __half2float(__half h) {
+  const int e = h.bits >> 10 & 31, f = h.bits & 1023;
+  const float v = e == 31 ? (f ? NAN : INFINITY)
+                          : e ? std::ldexp(1024.f + f, e - 25) : std::ldexp((float)f, -24);
+  return h.bits >> 15 ? -v : v;
+}
+
+inline __nv_bfloat16 to_bfloat16(double v) {
+  const float f = (float)round_to(v, 8, 0);
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return {uint16_t(std::isnan(f) ? 0x7fff : u >> 16)};
+}
+
+inline float __bfloat162float(__nv_bfloat16 b) {
+  const uint32_t u = (uint32_t)b.bits << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+inline __half __float2half_rn(float v) { return to_half(v); }
+inline __half2 __float2half2_rn(float v) { return {to_half(v), to_half(v)}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float v) { return to_bfloat16(v); }
+inline __nv_bfloat162 __float2bfloat162_rn(float v) { return {to_bfloat16(v), to_bfloat16(v)}; }
+
+// Computed in double, where a product or sum of 16-bit numbers is exact, and rounded once.
+inline __half fma16(__half a, __half b, __half c) {
+  return to_half((double)__half2float(a) * __half2float(b) + __half2float(c));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return {fma16(a.x, b.x, c.x), fma16(a.y, b.y, c.y)};
+}
+inline __half2 __hadd2(__half2 a, __half2 b) { return __hfma2(a, __float2half2_rn(1), b); }
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {to_bfloat16((double)__bfloat162float(a.x) + __bfloat162float(b.x)),
+          to_bfloat16((double)__bfloat162float(a.y) + __bfloat162float(b.y))};
+}
+
+// --- mma.sync.m16n8k16, from the fragment tables of the PTX manual -----------------------------
+inline float half_of(unsigned word, int i, __half) {
+  return __half2float({uint16_t(word >> 16 * i)});
+}
+inline float half_of(unsigned word, int i, __nv_bfloat16) {
+  return __bfloat162float({uint16_t(word >> 16 * i)});
+}
+
+template <typename T>
+void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  cpu::Fibre& me = *cpu::self;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  std::copy(a, a + 4, me.a);
+  me.b[0] = b0, me.b[1] = b1;
+  me.mma_count++;
+  cpu::wait(cpu::AT_MMA);  // every lane has shown its fragments
+  const auto* warp = &cpu::fibres[threadIdx.x / 32 * 32];
+  float sum[4];
+  for (int i = 0; i < 4; i++) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    double exact = c[i];
+    for (int k = 0; k < 16; k++) {
+      const auto& left = *warp[row % 8 * 4 + k % 8 / 2];
+      const auto& right = *warp[column * 4 + k % 8 / 2];
+      if (left.mma_count != me.mma_count) cpu::fail("lanes of a warp at different mma()");
+      exact += (double)half_of(left.a[k / 8 * 2 + row / 8], k % 2, T{}) *
+               half_of(right.b[k / 8], k % 2, T{});
+    }
+    sum[i] = (float)exact;
+  }
+  cpu::wait(cpu::AT_MMA);  // every lane has read them
+  std::copy(sum, sum + 4, c);
+}

@@ -1,0 +1,477 @@
+"""kernel.py against float64: PyTorch paths, its CUDA text executed on the CPU, and on a GPU."""
+
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import kernel  # noqa: E402
+
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+NVCC = shutil.which("nvcc")
+needs_cxx = pytest.mark.skipif(not CXX, reason="no C++ compiler: CUDA text NOT executed")
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc: the CUDA text was NOT compiled")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing ran on one")
+HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+
+
+# --- what everything is compared with -----------------------------------------------------------
+def random_layer(N, K, G, seed, device="cpu"):
+    """qweight, qzeros, scales of random bits; scales of both signs, over three decades"""
+    rng = torch.Generator().manual_seed(seed)
+    words = [torch.randint(-2**31, 2**31, shape, generator=rng).to(torch.int32)
+             for shape in ((K, N // 8), (K // G, N // 8))]
+    scales = torch.rand(K // G, N, generator=rng) - 0.5
+    scales = scales * 10 ** (-3 * torch.rand(K // G, N, generator=rng))
+    return [t.to(device) for t in (*words, scales.half())]
+
+
+def float64_weight(qweight, qzeros, scales, G):
+    """W[n, k] = (q - z) * scale by a loop over nibbles, written from the format's description"""
+    qweight, qzeros, scales = (t.cpu().numpy() for t in (qweight, qzeros, scales))
+    K, N = qweight.shape[0], scales.shape[1]
+    q, z = np.zeros((K, N)), np.zeros((K // G, N))
+    for integers, packed in ((q, qweight), (z, qzeros)):
+        for c in range(N // 8):
+            for i, j in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
+                integers[:, 8 * c + j] = packed[:, c] >> 4 * i & 15
+    return ((q - z.repeat(G, 0)) * scales.astype(np.float64).repeat(G, 0)).T
+
+
+def assert_close(y, x, W, bias, weight_error=0.0):
+    """|y - x W^T - b| <= y's rounding + float32 sums + weight_error of each product"""
+    x64, b = x.double().cpu().numpy(), 0 if bias is None else bias.double().cpu().numpy()
+    exact, size = x64 @ W.T + b, np.abs(x64) @ np.abs(W).T + np.abs(b)
+    # 15 (|q - z| <= 15, and CPU code subtracts z last) and a few roundings of float32
+    allowed = HALF_ULP[y.dtype] * np.abs(exact) + (15 * 2.0**-22 + weight_error) * size + 2.0**-24
+    error = np.abs(y.double().cpu().numpy() - exact)
+    assert not np.isnan(error).any(), "an output is NaN: not written, or read from outside"
+    worst = np.unravel_index((error - allowed).argmax(), error.shape)
+    assert (error <= allowed).all(), f"at {worst}: error {error[worst]}, allowed {allowed[worst]}"
+
+
+@st.composite
+def layers(draw, M=st.sampled_from([1, 2, 7, 8, 9, 16, 17, 33, 65])):
+    """(M, N, K, G): G of 32, 64, 96, 128, 256 or all of K; N any multiple of 8"""
+    G = draw(st.sampled_from([32, 64, 96, 128, 256, None]))
+    N = 8 * draw(st.integers(1, 10))
+    K = 8 * draw(st.integers(1, 60)) if G is None else G * draw(st.integers(1, 640 // G))
+    return draw(M), N, K, G or K
+
+
+# --- packing ------------------------------------------------------------------------------------
+def test_unpack_one_word_by_hand():
+    """0x76543210: nibble i is i, so columns 0..7 are nibbles 0 4 1 5 2 6 3 7"""
+    word = torch.tensor([[0x76543210]], dtype=torch.int32)
+    assert kernel.unpack(word).tolist() == [[0, 4, 1, 5, 2, 6, 3, 7]]
+    assert kernel.pack(kernel.unpack(word)).equal(word)
+
+
+@settings(deadline=None, max_examples=20)
+@given(layers(), st.integers(0, 99))
+def test_dequantise_equals_the_loop(shape, seed):
+    _, N, K, G = shape
+    layer = random_layer(N, K, G, seed)
+    W = kernel.dequantise(*layer, G, torch.float64)
+    error = np.abs(W.numpy() - float64_weight(*layer, G))
+    assert error.max() <= 2.0**-24 * 8  # one float32 rounding of a number below 8
+
+
+@settings(deadline=None, max_examples=30)
+@given(layers(), st.integers(0, 99))
+def test_unrepack_inverts_repack(shape, seed):
+    _, N, K, G = shape
+    qweight = random_layer(N, K, G, seed)[0]
+    words = kernel.repack(qweight)
+    assert kernel.unrepack(words, N, K).equal(qweight)
+    if N % 16 == 0 and K % 64 == 0:
+        assert words.numel() == qweight.numel()
+
+
+def test_repacked_words_are_mma_fragments():
+    """The whole mapping in NumPy: lane (g, t) takes A and B fragments as the PTX manual lists them
+
+    A word's nibbles 0 and 4 are a[0], 1 and 5 a[1], 2 and 6 a[2], 3 and 7 a[3]; of the eight inputs
+    at 64 tile + 32 j + 8 t, step jj takes 4 jj .. 4 jj + 3 as b0 (two) and b1 (two).
+    """
+    N, K, tokens = 32, 128, 8
+    q = torch.randint(0, 16, (K, N), dtype=torch.uint8)
+    words = kernel.repack(kernel.pack(q)).numpy().view(np.uint32)  # [N/16, K/64, 32, 4]
+    x = np.random.default_rng(0).standard_normal((tokens, K))
+    y = np.zeros((tokens, N))
+    for row_tile, k_tile, j, jj in np.ndindex(N // 16, K // 64, 2, 2):
+        A, B = np.zeros((16, 16)), np.zeros((16, 8))  # of one mma.m16n8k16
+        for g, t in np.ndindex(8, 4):
+            word = words[row_tile, k_tile, 4 * g + t, 2 * j + jj]
+            for i, half in np.ndindex(4, 2):
+                row, k = g + 8 * (i % 2), 2 * t + half + 8 * (i // 2)
+                A[row, k] = word >> np.uint32(4 * i + 16 * half) & 15
+            inputs = x[g, 64 * k_tile + 32 * j + 8 * t + 4 * jj:][:4]
+            B[2 * t: 2 * t + 2, g], B[2 * t + 8: 2 * t + 10, g] = inputs[:2], inputs[2:]
+        y[:, 16 * row_tile: 16 * row_tile + 16] += (A @ B).T
+    np.testing.assert_allclose(y, x @ q.numpy().astype(float), rtol=0, atol=1e-12)
+
+
+# --- PyTorch: reference, CPU path, operator -----------------------------------------------------
+@settings(deadline=None, max_examples=25)
+@given(layers(), st.sampled_from(list(HALF_ULP)), st.booleans(), st.integers(0, 99))
+def test_cpu_paths_agree_with_float64(shape, dtype, with_bias, seed):
+    M, N, K, G = shape
+    layer = random_layer(N, K, G, seed)
+    W = float64_weight(*layer, G)
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype) if with_bias else None
+    assert_close(kernel.awq_linear(x, *layer, bias, group_size=G), x, W, bias, HALF_ULP[dtype])
+    y = kernel.awq_linear(x, *layer, bias, group_size=G, method="reference")
+    assert_close(y, x, W, bias, 2 * HALF_ULP[dtype])  # weights rounded to dtype, bias added after
+    ready = kernel.prepare(*layer, G, dtype)
+    if ready is not None:
+        assert kernel.restore(ready, N, K).equal(layer[0])
+        y = kernel.awq_linear(x, None, *layer[1:], bias, group_size=G, repacked=ready)
+        # the operator's scale and shift (up to 8 scales: 8/1 of |q - z| scale) are bfloat16
+        size = np.abs(x.double().numpy()) @ np.repeat(
+            layer[2].double().abs().numpy(), G, 0)  # sum of |x| scale
+        exact = x.double().numpy() @ W.T + (0 if bias is None else bias.double().numpy())
+        allowed = 2.0**-8 * (12 * size + 2 * np.abs(exact) + 4)
+        assert (np.abs(y.double().numpy() - exact) <= allowed).all()
+
+
+def test_cpu_int4_operator_as_accurate_as_bfloat16_weights():
+    """Its scale and shift are bfloat16; the error is that of a dense bfloat16 layer, within 1.5x"""
+    N, K, G = 256, 1024, 128
+    layer = random_layer(N, K, G, 3)
+    ready = kernel.prepare(*layer, G, torch.bfloat16)
+    if ready is None:
+        pytest.skip("this torch has no CPU int4 operator")
+    x = torch.randn(32, K).bfloat16()
+    exact = x.double() @ torch.from_numpy(float64_weight(*layer, G)).T
+    errors = [(kernel.awq_linear(x, *layer, group_size=G, **how).double() - exact).norm()
+              for how in ({"repacked": ready}, {"method": "reference"})]
+    assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", list(HALF_ULP), ids=str)
+def test_shapes_strides_and_no_tokens(dtype):
+    N, K, G = 32, 128, 64
+    layer = random_layer(N, K, G, 1)
+    for x in (torch.randn(K), torch.randn(2, 3, K), torch.randn(0, K), torch.randn(2, 0, K),
+              torch.randn(K, 5).T, torch.randn(4, 2 * K)[:, ::2],
+              torch.randn(4 * K + 1)[1:].view(4, K)):
+        x = x.to(dtype)
+        for ready in (None, kernel.prepare(*layer, G, dtype)):
+            y = kernel.awq_linear(x, *layer, group_size=G, repacked=ready)
+            assert y.shape == (*x.shape[:-1], N) and y.dtype == dtype
+            expected = kernel.awq_linear(x.contiguous(), *layer, group_size=G, repacked=ready)
+            torch.testing.assert_close(y, expected, rtol=2 * HALF_ULP[dtype], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", list(HALF_ULP), ids=str)
+def test_operator_passes_opcheck_and_compiles_without_a_graph_break(dtype):
+    N, K, G = 32, 128, 64
+    layer, bias = random_layer(N, K, G, 2), torch.randn(N)
+    ready = kernel.prepare(*layer, G, dtype)
+    weight, table = (layer[0], None) if ready is None else ready
+    x = torch.randn(3, K).to(dtype)
+    for b in (None, bias):
+        torch.library.opcheck(kernel.linear_op, (x, weight, table, *layer[1:], b, G, "auto"))
+
+    def layer_forward(x):
+        return kernel.awq_linear(x * 2, *layer, bias, group_size=G, repacked=ready) + 1
+
+    compiled = torch.compile(layer_forward, fullgraph=True, backend="aot_eager")
+    for shape in ((3, K), (2, 5, K)):
+        x = torch.randn(shape).to(dtype)
+        assert torch.equal(compiled(x), layer_forward(x))
+
+
+def test_bad_input_is_named():
+    N, K, G = 32, 128, 64
+    qweight, qzeros, scales = random_layer(N, K, G, 1)
+    x, ready = torch.randn(2, K), kernel.repack(qweight)
+    for argument, change in {
+            "x": {"x": x.int()}, "x is": {"x": torch.randn(2, K + 8)},
+            "x is \\[\\]": {"x": torch.tensor(1.)},
+            "qweight": {"qweight": qweight.long()}, "qweight is": {"qweight": qweight[:-1]},
+            "qweight and repacked": {"qweight": None}, "qweight is list": {"qweight": [1]},
+            "qzeros": {"qzeros": qzeros.float()}, "qzeros is": {"qzeros": qzeros[:1]},
+            "qzeros is \\[2, 5\\]": {"qzeros": torch.zeros(2, 5, dtype=torch.int32)},
+            "scales": {"scales": scales.float()}, "scales is": {"scales": scales[:, :-1]},
+            "scales is on meta": {"scales": scales.to("meta"), "qzeros": qzeros.to("meta"),
+                                  "qweight": qweight.to("meta")},
+            "qzeros is on meta": {"qzeros": qzeros.to("meta")},
+            "bias is torch.float32 \\[31\\]": {"bias": torch.zeros(N - 1)},
+            "bias": {"bias": torch.zeros(N).int()},
+            "group_size": {"group_size": 0}, "group_size is -1": {"group_size": -1},
+            "qweight is \\[128, 4\\]": {"group_size": 32},
+            "group_size is 64.0": {"group_size": 64.0},
+            "method": {"method": "fast"}, "method is 'fused' and x is on cpu": {"method": "fused"},
+            "repacked is torch.int32 \\[1, 2": {"repacked": kernel.Repacked(ready[:1], None)},
+            "repacked is torch.int64": {"repacked": kernel.Repacked(ready.long(), None)},
+            "repacked is on meta": {"repacked": kernel.Repacked(ready.to("meta"), None)},
+    }.items():
+        arguments = dict(x=x, qweight=qweight, qzeros=qzeros, scales=scales, group_size=G) | change
+        with pytest.raises(ValueError, match=argument):
+            kernel.awq_linear(**arguments)
+
+
+# --- the CUDA text compiles ---------------------------------------------------------------------
+@needs_nvcc
+@pytest.mark.parametrize("arch", [75, 80, 89, 90])
+def test_cuda_compiles_without_warnings_spills_or_stack(arch, tmp_path):
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    if f"compute_{arch}" not in known:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    (tmp_path / "kernel.cu").write_text(kernel.CUDA)
+    done = subprocess.run(
+        [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-Werror", "all-warnings",
+         "-cubin", "-o", "kernel.cubin", "kernel.cu"], cwd=tmp_path, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    assert "warning" not in report
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report)
+    assert len(frames) == 24  # 5 ranges of tokens x 2 of groups x 2 dtypes; 2 + 2 other kernels
+    assert set(frames) == {("0", "0", "0")}
+
+
+@pytest.mark.parametrize("capability, known, flags", [
+    ((9, 0), [75, 80, 90], ["compute_90,code=compute_90", "compute_90,code=sm_90"]),
+    ((8, 7), [75, 80, 86, 90], ["compute_86,code=compute_86"]),
+    ((12, 0), [75, 80, 90], ["compute_90,code=compute_90"])])
+def test_build_flags_fall_back_to_ptx(capability, known, flags):
+    assert kernel.build_flags(capability, known) == [f"-gencode=arch={f}" for f in flags]
+    with pytest.raises(RuntimeError, match="sm_75"):
+        kernel.build_flags((7, 0), known)
+
+
+# --- the CUDA text runs on the CPU --------------------------------------------------------------
+@functools.cache
+def cpu_build(source):
+    """The kernel's text as a shared library for the CPU"""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "kernel.cpp").write_text(source)
+    done = subprocess.run(
+        [CXX, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++",
+         "-include", str(HERE / "cuda_on_cpu.h"), "kernel.cpp", "-o", "kernel.so"],
+        cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(folder / "kernel.so"))
+    shutil.rmtree(folder)
+    library.cpu_error.restype = ctypes.c_char_p
+    return library
+
+
+def fenced(tensor, fill):
+    """A copy with `fill` on both sides, so that a read or write outside shows: -> copy, whole"""
+    whole = torch.full((tensor.numel() + 256,), fill, dtype=tensor.dtype)
+    copy = whole[128: 128 + tensor.numel()].view(tensor.shape)
+    return copy.copy_(tensor), whole
+
+
+def on_cpu(source, method, x, layer, bias, G, splits=1, seed=0):
+    """Run one of the CUDA text's three host functions; returns y (or w_hat)"""
+    library = cpu_build(source)
+    (M, K), N = x.shape, layer[2].shape[1]
+    nan = float("nan")
+    x, _ = fenced(x, nan)
+    scales, _ = fenced(layer[2], nan)
+    bias = None if bias is None else fenced(bias, nan)[0]
+    shape = (N, K) if method == "dequantise" else (M, N)
+    y, whole = fenced(torch.full(shape, nan, dtype=x.dtype), 7)
+    partial, _ = fenced(torch.full((splits, M, N), nan), nan)
+    arrived = torch.zeros(4096, dtype=torch.int32)
+    weight = layer[0] if method == "teaching" else kernel.repack(layer[0])
+
+    def pointer(tensor):
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+    library.cpu_seed(seed)
+    for tensor in (x, weight, layer[1], scales):
+        library.cpu_input(pointer(tensor), ctypes.c_size_t(tensor.nbytes))
+    packed, sizes = (pointer(weight), pointer(layer[1]), pointer(scales)), (N, K, G)
+    bf16 = ctypes.c_bool(x.dtype == torch.bfloat16)
+    if method == "dequantise":
+        library.awq_dequantise(bf16, *packed, pointer(y), *sizes, pointer(None))
+    elif method == "teaching":
+        library.awq_teaching(bf16, pointer(x), *packed, pointer(bias), pointer(y), M, *sizes,
+                             pointer(None))
+    else:
+        library.awq_fused(bf16, pointer(x), *packed, pointer(bias), pointer(y), pointer(partial),
+                          pointer(arrived), M, *sizes, splits, pointer(None))
+    assert not library.cpu_error(), library.cpu_error().decode()
+    assert set(arrived.tolist()) <= {0, splits}, "every block of a sum counts itself once"
+    edges = torch.cat([whole[:128], whole[-128:]])
+    assert (edges == 7).all(), "written outside the output"
+    return y
+
+
+def check_fused(source, M, N, K, G, dtype, splits, seed, with_bias=True):
+    layer = random_layer(N, K, G, seed)
+    torch.manual_seed(seed)
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype) if with_bias else None
+    y = on_cpu(source, "fused", x, layer, bias, G, splits, seed)
+    assert_close(y, x, float64_weight(*layer, G), bias)
+    return x, layer, bias, y
+
+
+@needs_cxx
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [1, 7, 8, 9, 16, 17, 65])
+@pytest.mark.parametrize("G", [32, 64, 128, None])
+def test_fused_kernel_equals_float64(M, G, dtype):
+    """Deep enough that every warp takes two units; N and, if G allows, K end inside a tile"""
+    K = 2120 if G is None else 2048 + 3 * G if M <= 8 else 1024 + 3 * G
+    check_fused(kernel.CUDA, M, 40, K, G or K, dtype, splits=1, seed=M)
+
+
+@needs_cxx
+@settings(deadline=None, max_examples=40)
+@given(layers(), st.sampled_from([torch.float16, torch.bfloat16]), st.integers(1, 4), st.booleans(),
+       st.integers(0, 999))
+def test_fused_kernel_equals_float64_on_random_shapes(shape, dtype, splits, with_bias, seed):
+    check_fused(kernel.CUDA, *shape, dtype, splits, seed, with_bias)
+
+
+@needs_cxx
+def test_fused_kernel_gives_the_same_bits_under_every_schedule():
+    x, layer, bias, y = check_fused(kernel.CUDA, 9, 72, 1280, 128, torch.float16, 3, 0)
+    for seed in range(1, 6):
+        again = on_cpu(kernel.CUDA, "fused", x, layer, bias, 128, 3, seed)
+        assert torch.equal(y, again)
+
+
+@needs_cxx
+@settings(deadline=None, max_examples=20)
+@given(layers(M=st.sampled_from([1, 3])), st.sampled_from([torch.float16, torch.bfloat16]),
+       st.booleans(), st.integers(0, 999))
+def test_teaching_and_dequantise_kernels_equal_float64(shape, dtype, with_bias, seed):
+    M, N, K, G = shape
+    layer, x = random_layer(N, K, G, seed), torch.randn(M, K).to(dtype)
+    bias = torch.randn(N).to(dtype) if with_bias else None
+    y = on_cpu(kernel.CUDA, "teaching", x, layer, bias, G)
+    # one float32 running sum: its error grows with K
+    assert_close(y, x, float64_weight(*layer, G), bias, K * 2.0**-24)
+    w_hat = on_cpu(kernel.CUDA, "dequantise", x, layer, None, G)
+    assert torch.equal(w_hat, kernel.dequantise(*layer, G, dtype))
+
+
+@needs_cxx
+def test_dequantise_kernel_with_a_group_of_8():
+    layer = random_layer(24, 72, 8, 0)
+    w_hat = on_cpu(kernel.CUDA, "dequantise", torch.zeros(1, 72).half(), layer, None, 8)
+    assert torch.equal(w_hat, kernel.dequantise(*layer, 8, torch.float16))
+
+
+def battery(source):
+    """Few small cases that between them reach every line of the fused kernel"""
+    for M, N, K, G, dtype, splits in ((1, 40, 2304, 128, torch.float16, 1),
+                                      (5, 24, 1312, 32, torch.bfloat16, 2),
+                                      (17, 72, 448, 64, torch.float16, 2),
+                                      (9, 72, 1160, 1160, torch.float16, 1),
+                                      (65, 72, 448, 64, torch.bfloat16, 3)):
+        for seed in range(2):
+            check_fused(source, M, N, K, G, dtype, splits, seed)
+
+
+MUTATIONS = {
+    "a nibble position": ("(v & 0x00f000f0u)", "(v & 0x000f000fu)"),
+    "an index": ("16 * (row_warp * R + r) + g + c / 2 * 8", "16 * (row_warp * R + r) + g"),
+    "a barrier": ("__syncthreads();  // below", "// below"),
+    "the reduction's bound": ("w < K_WARPS; w++", "w < K_WARPS - 1; w++"),
+    "a fence": ("__threadfence();  // my partial sums", "// my partial sums"),
+    "a bound": ("tile0 + r < row_tiles && ", ""),
+}
+
+
+@needs_cxx
+@pytest.mark.parametrize("change", MUTATIONS)
+def test_a_mutated_kernel_fails(change):
+    """The check above is worth something: each of these errors makes it fail"""
+    before, after = MUTATIONS[change]
+    assert kernel.CUDA.count(before) == 1
+    with pytest.raises(AssertionError):
+        battery(kernel.CUDA.replace(before, after))
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+@pytest.fixture
+def poisoned():
+    """torch.empty returns NaN, so an output nobody wrote shows"""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("G", [32, 64, 128, None])
+@pytest.mark.parametrize("N, K", [(8, 128), (40, 1280), (256, 384), (4096, 4096), (4096, 11008)])
+def test_gpu_every_method_equals_float64(N, K, G, dtype, poisoned):
+    G, device = G or K, "cuda"
+    layer = random_layer(N, K, G, N + K, device)
+    W, bias = float64_weight(*layer, G), torch.randn(N, device=device).to(dtype)
+    ready = kernel.prepare(*layer, G, dtype)
+    half = dtype != torch.float32
+    assert (ready is not None) == half, "the kernel was not built: see the warning"
+    if half:
+        assert kernel.restore(ready, N, K).equal(layer[0])
+    old_gpu = torch.cuda.get_device_capability() < (8, 0) and dtype == torch.bfloat16
+    for M in (0, 1, 4, 7, 8, 9, 16, 17, 32, 33, 64, 65, 300):
+        x = torch.randn(M, K, device=device).to(dtype)
+        methods = ["auto", "reference"] + ["dequantise", "teaching"] * half
+        methods += ["fused"] * (half and not old_gpu)
+        for method in methods:
+            arguments = dict(group_size=G, repacked=ready, method=method)
+            y, again = (kernel.awq_linear(x, *layer, bias, **arguments) for _ in range(2))
+            assert torch.equal(y, again)
+            if M:
+                fused = method == "fused" or method == "auto" and M <= kernel.FUSED_MAX_TOKENS
+                rounded = 0 if fused and half else 2 * HALF_ULP[dtype] if half else 2.0**-10
+                assert_close(y, x, W, bias, rounded + (K * 2.0**-24 if method == "teaching" else 0))
+
+
+@needs_gpu
+@pytest.mark.parametrize("M", [1, 65])
+def test_gpu_graph_capture_streams_and_compile(M):
+    N, K, G = 1024, 4096, 128  # few enough blocks that K is shared out, so counters are in play
+    layer = random_layer(N, K, G, 0, "cuda")
+    ready = kernel.prepare(*layer, G, torch.float16)
+    x = torch.randn(M, K, device="cuda").half()
+
+    def forward():
+        return kernel.awq_linear(x, None, *layer[1:], group_size=G, repacked=ready)
+
+    expected = forward()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = forward()
+    side.synchronize()
+    assert torch.equal(on_side, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = forward()
+    for _ in range(3):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+    assert torch.equal(torch.compile(forward, fullgraph=True)(), expected)
+
+
+@needs_gpu
+def test_gpu_bad_device_is_named():
+    layer = random_layer(32, 128, 64, 0, "cuda")
+    with pytest.raises(ValueError, match="scales is on cuda"):
+        kernel.awq_linear(torch.randn(1, 128), *layer, group_size=64)
