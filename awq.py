@@ -7,8 +7,8 @@ see large x by s before rounding and divides x by s, which changes nothing else:
     (W diag(s)) (diag(1/s) x) = W x
 
 As long as such a channel does not set its group's maximum, delta stays and its error falls by s
-(Eq. 1-3; there the range is symmetric, here it is asymmetric, as in AWQ's checkpoints). How far to go
-is searched, with X in rows, so that Y = X W^T:
+(Eq. 1-3; there the range is symmetric, here it is asymmetric, as in AWQ's checkpoints). How far
+to go is searched, with X in rows, so that Y = X W^T:
 
     L(s) = || Q(W diag(s)) diag(1/s) X^T - W X^T ||_F^2 / T        (Eq. 4, squared and per token)
     s = s_X^alpha,  alpha* = argmin L over alpha = 0, 0.05, ..., 1                        (Eq. 5)
@@ -17,7 +17,7 @@ is searched, with X in rows, so that Y = X W^T:
 
     code        symbol       what it is
     W           W            [N, K] weight: N outputs, K inputs
-    X           X            [T, K] calibration inputs, a row a token (the paper's X is its transpose)
+    X           X            [T, K] calibration inputs, a row a token (transposed in the paper)
     s_X         s_X          [K] mean over tokens of |X|, the score of an input channel
     s           s            [K] AWQ's channel scale (nothing else is called s)
     alpha       alpha        exponent of Eq. 5; alpha = 0 is plain rounding (RTN)
@@ -86,7 +86,7 @@ def quantization_grid(W, bits, group_size, shrink=None):
 
 
 def round_to_grid(W, delta, zero, bits):
-    """q = clamp(round(W / delta) + zero, 0, 2^bits - 1), float32 [N, K]; q = zero where delta = 0."""
+    """q = clamp(round(W / delta) + zero, 0, 2^bits - 1), float32 [N, K]; zero if delta = 0."""
     N, K = W.shape
     groups = W.view(N, delta.shape[1], -1)                  # [N, K/G, G]
     steps = rounded(groups / torch.where(delta > 0, delta, math.inf)[..., None])
@@ -98,8 +98,9 @@ def quantize(W, bits=4, group_size=128, shrink=None):
 
     Asymmetric, in groups of group_size along K (-1: one group a row), as in the AWQ checkpoint
     format. shrink [2, N, K/G] in (0, 1] keeps that part of the lower and the upper end of a group's
-    range. An all-zero group comes back as exactly 0. ValueError for bits, group_size or shape out of range, NaN or Inf in W, or a
-    step above float16's 65504.
+    range. An all-zero group comes back as exactly 0, and so does one whose step is below float16's
+    6e-8. ValueError for bits, group_size or shape out of range, NaN or Inf in W, or a step above
+    65504.
 
     >>> W = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])     # 2 bits: delta = 3 / 3, zero = round(1 / 1)
     >>> q, delta, zero = quantize(W, bits=2, group_size=4)
@@ -133,8 +134,8 @@ def fake_quantize(W, bits=4, group_size=128, shrink=None):
 
 def check_weight(W, bits, group_size):
     """(W as contiguous float32 [N, K], the group size in channels), or a ValueError."""
-    if W.ndim != 2:
-        raise ValueError(f"W has shape {tuple(W.shape)}: it must be [N, K]")
+    if W.ndim != 2 or W.numel() == 0:
+        raise ValueError(f"W has shape {tuple(W.shape)}: it must be [N, K], not empty")
     return W.float().contiguous(), check_grid(bits, group_size, W.shape[1])
 
 
@@ -177,11 +178,11 @@ def pack(q, bits):
     R, N = q.shape
     packed_width(N, bits)
     if q.numel() and not 0 <= int(q.min()) <= int(q.max()) < 2 ** bits:
-        raise ValueError(f"q runs from {q.min()} to {q.max()}: {bits} bits hold 0 to {2 ** bits - 1}")
+        raise ValueError(f"q runs from {q.min()} to {q.max()}: {bits} bits hold 0-{2 ** bits - 1}")
     if bits == 4:
-        nibbles = q.view(R, N // 8, 8)[..., NIBBLE_ORDER].int()
+        nibbles = q.reshape(R, N // 8, 8)[..., NIBBLE_ORDER].int()
         return (nibbles << torch.arange(0, 32, 4, device=q.device)).sum(-1, dtype=torch.int32)
-    q = nn.functional.pad(q, (0, -N % 32)).view(R, -1, 32)
+    q = nn.functional.pad(q, (0, -N % 32)).reshape(R, -1, 32)
     stream = (q[..., None].int() >> torch.arange(bits, device=q.device)) & 1  # [R, N/32, 32, bits]
     words = stream.view(R, -1, 32) << torch.arange(32, device=q.device)       # [R, words, 32]
     return words.sum(-1, dtype=torch.int32)
@@ -308,7 +309,7 @@ BOTH, EACH = ((0, 1),), ((0,), (1,))     # ends: shrink both by the same part; e
 
 
 def with_clipping(W, C, choice, bits, group_size, ends):
-    """The choice with its clipping searched (further): W diag(s) sees the Gram matrix C / (s s^T)."""
+    """The choice with its clipping searched (further): W diag(s) sees the Gram C / (s s^T)."""
     s_g = choice.s.view(-1, group_size)                     # [K/G, G]
     blocks = diagonal_blocks(C, group_size) / (s_g[:, :, None] * s_g[:, None])
     shrink = search_shrink(W * choice.s, blocks, bits, group_size, ends, choice.shrink)
@@ -318,10 +319,10 @@ def with_clipping(W, C, choice, bits, group_size, ends):
 def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=lambda s: s):
     """argmin over alpha of L(s_X^alpha), Eq. 4 and 5, clipping searched inside the loop: a Scaling.
 
-    W [N, K] float32: the weights of all layers that share the input, stacked. alphas: the grid, which
-    begins with 0; 0, 0.05, ..., 1 unless given. storable(s): the s that a folded norm really divides
-    by once its gain is rounded to its dtype. The least loss wins, clipped or not, so it is never
-    above RTN's (alpha = 0), nor above that of RTN with clipping.
+    W [N, K] float32: the weights of all layers that share the input, stacked. alphas: the grid,
+    which begins with 0; 0, 0.05, ..., 1 unless given. storable(s): the s that a folded norm really
+    divides by once its gain is rounded to its dtype. The least loss wins, clipped or not, so it is
+    never above RTN's (alpha = 0), nor above that of RTN with clipping.
     """
     # not in the paper: there alpha is chosen first and the range clipped afterwards, by one factor
     # for both ends and not for q and k. That order can end above clipping alone.
@@ -333,7 +334,8 @@ def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=l
             tried.append(with_clipping(W, C, tried[-1], bits, group_size, BOTH))
     best = min(tried, key=lambda choice: choice.loss)
     if clip:    # then each end on its own, which costs too much for every alpha
-        finals = [with_clipping(W, C, choice, bits, group_size, EACH) for choice in (best, tried[1])]
+        finals = [with_clipping(W, C, choice, bits, group_size, EACH)
+                  for choice in (best, tried[1])]
         best = min([best, *finals], key=lambda choice: choice.loss)
     curve = tuple((choice.alpha, choice.shrink is not None, choice.loss) for choice in tried)
     return best._replace(loss_rtn=tried[0].loss, curve=curve)
@@ -502,7 +504,7 @@ def storable_scale(producer, kind):
 
 
 def trace_block(block, call):
-    """Names of leaf modules in the order they run, and of Linears grouped by the tensor they read."""
+    """Names of leaf modules in the order they run, and of Linears by the tensor they read."""
     order, readers, alive = [], {}, []
 
     def record(module, args, kwargs):
@@ -522,18 +524,18 @@ def trace_block(block, call):
 
 
 def probe_copy(block):
-    """A float32 copy of the block whose norm gains are multiples of 1/16.
+    """A float32 copy of the block with random weights, its norm gains multiples of 1/16.
 
-    Whether a fold is right depends on the block's structure, not on its weights; with these gains
-    (1 + gain) / p - 1 is exact for the powers of two p of the probe.
+    Whether a fold is right depends on the block's structure, not on its weights (they may be 0);
+    with these gains (1 + gain) / p - 1 is exact for the powers of two p of the probe.
     """
     block = copy.deepcopy(block).float()
     generator = torch.Generator().manual_seed(0)
-    for module in block.modules():
-        gain = getattr(module, "weight", None)
-        if isinstance(gain, torch.Tensor) and gain.ndim == 1:
-            values = torch.randint(4, 13, gain.shape, generator=generator) / 16
-            gain.data.copy_(values)
+    for name, p in block.named_parameters():
+        if p.ndim > 1:
+            p.data = torch.randn(p.shape, generator=generator).to(p.device) * p.shape[-1] ** -0.5
+        elif name.endswith("weight"):
+            p.data = (torch.randint(4, 13, p.shape, generator=generator) / 16).to(p.device)
     return block
 
 
@@ -599,7 +601,7 @@ def candidate_folds(block, call, order, layers):
         if R == K:
             yield Fold(name, "rows", torch.arange(K))
             continue
-        for first, count in [(0, R)] + [(R - K, K), (0, K)] * (R > K):     # all, the last, the first
+        for first, count in [(0, R)] + [(R - K, K), (0, K)] * (R > K):  # all, the last, the first
             rows = trace_rows(block, call, name, layers[0], first, count)
             if rows is not None:
                 yield Fold(name, "rows", rows)
@@ -613,6 +615,8 @@ def plan_block(block, call, bits, group_size):
     """
     linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     block, call = probe_copy(block), call.float()
+    hidden = torch.randn(call.hidden.shape, generator=torch.Generator().manual_seed(0))
+    call = call.with_hidden(hidden.to(call.hidden.device))
     order, readers = trace_block(block, call)
     groups = []
     skipped = {name: "not reached when the block ran" for name in linears if name not in order}
@@ -701,10 +705,10 @@ def walk_blocks(model, blocks, tokens, batch_size, device, visit):
     """Drive the model's own forward once and let visit(index, block, call, states) see every block.
 
     states is the list of all micro-batches' hidden states before the block, call the arguments of
-    the first. After visit, which may change the block, all states advance through it. The model runs
-    on the first micro-batch only: its arguments for each block (masks, rotary tables) serve the
-    others, which have the same shape. ValueError if those depend on the tokens, if the model changes
-    hidden states between blocks, and for NaN or Inf.
+    the first. After visit, which may change the block, all states advance through it. The model
+    runs on the first micro-batch only: its arguments for each block (masks, rotary tables) serve
+    the others, which have the same shape. ValueError if those depend on the tokens, if the model
+    changes hidden states between blocks, and for NaN or Inf.
     """
     batches = tokens.split(largest_divisor(len(tokens), batch_size))
     calls = [record_calls(model, blocks[:1], batch)[0] for batch in batches]
@@ -785,13 +789,16 @@ def collect_statistics(block, groups, call, states):
 
 
 @torch.no_grad()
-def quantize_group(block, group, statistics, call, bits, group_size, scale, clip, refine):
-    """Search s for the layers of one group, fold it and pack them; returns their line of the report."""
+def quantize_group(block, path, group, statistics, call, bits, group_size, scale, clip, refine):
+    """Search s for the layers of a group, fold it and pack them; returns their line of the report.
+
+    path: the block's name in the model.
+    """
     layers, fold = [block.get_submodule(name) for name in group.layers], group.fold
     W = torch.cat([layer.weight.float() for layer in layers])       # [N, K], rows stacked
     C, s_X = statistics.C, statistics.s_X
     if not (C.isfinite().all() and s_X.isfinite().all()):
-        raise ValueError(f"the input of {group.layers[0]} contains NaN or Inf")
+        raise ValueError(f"the input of {path}.{group.layers[0]} contains NaN or Inf")
     G = check_grid(bits, group_size, W.shape[1])
     if scale and fold:
         rows = fold.rows.to(W.device)
@@ -803,9 +810,10 @@ def quantize_group(block, group, statistics, call, bits, group_size, scale, clip
     else:
         fold, found = None, search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
     pack_group(block, group, W * found.s, found.shrink, bits, G)
-    return {"layers": list(group.layers), "folded_into": fold and fold.producer,
-            "fold": fold and fold.kind, "alpha": found.alpha, "loss_rtn": found.loss_rtn,
-            "loss": found.loss, "curve": found.curve}
+    return {"layers": [f"{path}.{name}" for name in group.layers],
+            "folded_into": fold and f"{path}.{fold.producer}", "fold": fold and fold.kind,
+            "alpha": found.alpha, "loss_rtn": found.loss_rtn, "loss": found.loss,
+            "curve": found.curve}
 
 
 def pack_group(block, group, W, shrink, bits, group_size):
@@ -815,7 +823,8 @@ def pack_group(block, group, W, shrink, bits, group_size):
         layer = block.get_submodule(name)
         rows = slice(start, start + layer.out_features)
         part = None if shrink is None else shrink[:, rows]
-        block.set_submodule(name, AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part))
+        packed = AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part)
+        block.set_submodule(name, packed)
         start = rows.stop
 
 
@@ -865,7 +874,7 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     """
     start = time.time()
     check_arguments(model, tokens, bits, group_size, refine, batch_size)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else model.device))
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else model.device))
     plans, prefix, blocks, calls, skipped = plan_model(model, tokens, bits, group_size)
     groups = []
     with tqdm(total=len(blocks), desc="quantising", unit="block", disable=not progress) as bar:
@@ -876,10 +885,8 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
             # not in the paper: last group first, since a fold changes rows of an earlier group,
             # which is then searched and packed as it will be stored.
             for group, entry in reversed(list(zip(plans[index], statistics))):
-                line = quantize_group(block, group, entry, few, bits, group_size, scale, clip, refine)
-                path = f"{prefix}.{index}."
-                line["layers"] = [path + name for name in line["layers"]]
-                line["folded_into"] = line["folded_into"] and path + line["folded_into"]
+                line = quantize_group(block, f"{prefix}.{index}", group, entry, few, bits,
+                                      group_size, scale, clip, refine)
                 lines.insert(0, {"block": index, **line})
             groups.extend(lines)
             bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
@@ -900,7 +907,8 @@ def loss_ratio(groups):
 def check_arguments(model, tokens, bits, group_size, refine=None, batch_size=1):
     """ValueError unless quantize_model can start."""
     check_grid(bits, group_size)
-    if not isinstance(getattr(model, "base_model", None), nn.Module) or not hasattr(model, "config"):
+    is_module = isinstance(getattr(model, "base_model", None), nn.Module)
+    if not is_module or not hasattr(model, "config"):
         raise ValueError(f"model is a {type(model).__name__}: it must be a transformers causal LM")
     if any(isinstance(module, AWQLinear) for module in model.modules()):
         raise ValueError("model is quantised already: it must have full-precision weights")
@@ -910,6 +918,8 @@ def check_arguments(model, tokens, bits, group_size, refine=None, batch_size=1):
         raise ValueError(f"refine is {refine!r}: it must be None or one of {list(REFINEMENTS)}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode is on: weights can be changed only outside of it")
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.numel() == 0 \
             or tokens.dtype not in (torch.int32, torch.int64):
         kind = (f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor)
@@ -925,6 +935,14 @@ def check_arguments(model, tokens, bits, group_size, refine=None, batch_size=1):
             raise ValueError(f"{name} contains NaN or Inf: weights must be finite")
 
 
+def check_device(name):
+    """The torch.device; ValueError unless a tensor can be put there."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {str(name)!r}: {str(error).splitlines()[0]}") from None
+
+
 def plan_model(model, tokens, bits, group_size):
     """plan_block for every block, once per structure.
 
@@ -935,7 +953,7 @@ def plan_model(model, tokens, bits, group_size):
     replace_conv1d(model)
     prefix, blocks = find_blocks(model)
     calls = record_calls(model, blocks, tokens[:2, :16].to(model.device))
-    plans, skipped, known = [], skip_outside(model, prefix), {}
+    plans, skipped, known = [], {}, {}
     for index, (block, call) in enumerate(zip(blocks, calls)):
         structure = repr(block) + repr([tuple(p.shape) for p in block.parameters()])
         if structure not in known:
@@ -946,7 +964,7 @@ def plan_model(model, tokens, bits, group_size):
     if not any(plans):
         raise ValueError(f"group_size is {group_size}: no layer can be quantised: "
                          f"{'; '.join(sorted(set(skipped.values()))) or 'there is no nn.Linear'}")
-    return plans, prefix, blocks, calls, skipped
+    return plans, prefix, blocks, calls, {**skipped, **skip_outside(model, prefix)}
 
 
 def skip_outside(model, prefix):
@@ -981,8 +999,8 @@ class AWQLinear(nn.Module):
     """nn.Linear with packed weights, its buffers named and laid out as in the checkpoint.
 
     qweight [K, N/8] int32, qzeros [K/G, N/8] int32, scales [K/G, N] float16, bias [N] or None
-    (4 bits; for 2, 3 and 8 bits packed_width(N, bits) words a row). W[n, k] = (q - zero) delta, with
-    delta called scales there. forward takes [..., K] float32, float16 or bfloat16.
+    (4 bits; for 2, 3 and 8 bits packed_width(N, bits) words a row). W[n, k] = (q - zero) delta,
+    with delta called scales there. forward takes [..., K] float32, float16 or bfloat16.
     """
 
     def __init__(self, in_features, out_features, bias=False, bits=4, group_size=128,
@@ -998,7 +1016,7 @@ class AWQLinear(nn.Module):
                                                    device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device)
                              if bias else None)
-        self.repacked, self.prepared_for = None, None   # the kernel's layout of qweight: see prepare
+        self.repacked, self.prepared_for = None, None   # the kernel's layout: see prepare
 
     @classmethod
     def from_weight(cls, W, bias, bits, group_size, shrink=None):
@@ -1035,7 +1053,8 @@ class AWQLinear(nn.Module):
     def prepare(self, dtype):
         """Rearrange the weight for inputs of this dtype; qweight's own memory is given up."""
         self.qweight, self.repacked, self.prepared_for = self.checkpoint_qweight(), None, dtype
-        self.repacked = kernel.prepare(self.qweight, self.qzeros, self.scales, self.group_size, dtype)
+        self.repacked = kernel.prepare(self.qweight, self.qzeros, self.scales, self.group_size,
+                                       dtype)
         if self.repacked is not None:
             self.qweight = None
 
@@ -1068,15 +1087,15 @@ DATASETS = ("wikitext", "pileval", "pydoc")
 
 
 def load_documents(data, split="train"):
-    """The documents of `data`: "wikitext" or "pileval" (hub), "pydoc" (offline), a text file's path.
+    """The documents of `data`: "wikitext" or "pileval" (hub), "pydoc" (offline), a text file.
 
     split: "train" or "test"; a file has none and is used whole. ValueError for an unknown name,
     OSError for a data set that cannot be reached.
     """
-    if data == "pydoc":
+    if isinstance(data, str) and data == "pydoc":
         from tinylm.corpus import stdlib_documents
         return stdlib_documents(split)
-    if data in ("wikitext", "pileval"):
+    if isinstance(data, str) and data in ("wikitext", "pileval"):
         from datasets import load_dataset
         name, subset, part = {
             ("wikitext", "train"): ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
@@ -1090,8 +1109,11 @@ def load_documents(data, split="train"):
             raise OSError(f"data set {data!r} ({name}) cannot be loaded from the hub: offline, use "
                           "'pydoc' or a text file") from error
     if isinstance(data, (str, os.PathLike)) and Path(data).is_file():
-        return [Path(data).read_text(encoding="utf-8")]
-    raise ValueError(f"data is {str(data)!r}: it must be one of {DATASETS} or an existing text file")
+        try:
+            return [Path(data).read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data is {str(data)!r}: it is not UTF-8 text: {error}") from error
+    raise ValueError(f"data is {str(data)!r}: it must be one of {DATASETS} or a text file")
 
 
 def calibration_tokens(calib_data, tokenizer, samples=128, seq_len=512, seed=0):
@@ -1099,7 +1121,7 @@ def calibration_tokens(calib_data, tokenizer, samples=128, seq_len=512, seed=0):
 
     calib_data: a name or path for load_documents ("train" split), a list of strings, or a tensor
     [samples, length], which is returned as it is. Documents are joined by blank lines, tokenised
-    and cut to windows of seq_len; the seed chooses `samples` of them. ValueError if there are fewer.
+    and cut to windows of seq_len; the seed chooses `samples` of them. ValueError if too few.
     """
     if samples < 1 or seq_len < 1:
         raise ValueError(f"samples is {samples}, seq_len {seq_len}: both must be at least 1")
@@ -1107,7 +1129,7 @@ def calibration_tokens(calib_data, tokenizer, samples=128, seq_len=512, seed=0):
         return calib_data
     if isinstance(calib_data, (list, tuple)):
         if not all(isinstance(text, str) for text in calib_data):
-            raise ValueError("calib_data is a list with items that are not strings: it must be text")
+            raise ValueError("calib_data is a list with items that are not strings: only text is")
         documents = calib_data
     else:
         documents = load_documents(calib_data)
@@ -1139,14 +1161,14 @@ def check_checkpoint_config(config):
     check_grid(config["bits"], config["group_size"])
     expected = "gemm" if config["bits"] == 4 else "dense"
     if str(config.get("version", "gemm")).lower() != expected:
-        raise ValueError(f"version is {config.get('version')!r}: with {config['bits']} bits it must "
-                         f"be {expected!r} (GEMV, Marlin and TinyChat layouts are not read)")
+        raise ValueError(f"version is {config.get('version')!r}: with {config['bits']} bits it "
+                         f"must be {expected!r} (GEMV, Marlin and TinyChat layouts are not read)")
     if config.get("zero_point") is False:
         raise ValueError("zero_point is False: only checkpoints with zero points are read")
 
 
 def read_header(path):
-    """{tensor: (dtype, shape)} of a safetensors file; ValueError if the file is not what it says."""
+    """{tensor: (dtype, shape)} of a safetensors file; ValueError if it is not what it says."""
     from safetensors import SafetensorError, safe_open
 
     if Path(path).suffix != ".safetensors":
@@ -1165,12 +1187,17 @@ def prepare_packed_layers(model, config, files):
     replace_conv1d(model)
     tensors = {}
     for file in files or ():
-        tensors.update({name: (*entry, Path(file).name) for name, entry in read_header(file).items()})
+        header = read_header(file)
+        tensors.update({name: (*entry, Path(file).name) for name, entry in header.items()})
     packed = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     if not packed:
         raise ValueError(f"{Path(files[0]).name}: no tensor is called *.qweight, though the config "
                          "says quant_method awq")
     modules = dict(model.named_modules())
+    twice = [name for name in packed if f"{name}.weight" in tensors]
+    if twice:
+        raise ValueError(f"{tensors[twice[0] + '.weight'][2]}: {twice[0]} has both a weight and a "
+                         "qweight: it is one or the other")
     for name in packed:
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
@@ -1227,21 +1254,23 @@ def check_target(folder):
         raise ValueError(f"folder {folder} is {what}: it must not exist or be empty")
 
 
-def save_quantized(model, folder, tokenizer=None):
-    """Write the quantised model (and tokenizer) to folder: config.json, safetensors, all or nothing.
+def save_quantized(model, folder, tokenizer=None, shard_size="5GB"):
+    """Write the quantised model (and tokenizer) to folder, config and safetensors, or nothing.
 
     Everything is written to `.NAME.partial` beside the folder, which is then renamed. ValueError if
     the folder is a file or not empty, or if the model is not quantised.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     check_target(folder)
     if not any(isinstance(module, AWQLinear) for module in model.modules()):
         raise ValueError("model has no AWQLinear: call quantize_model first")
+    if getattr(model.config, "quantization_config", None) is None:
+        raise ValueError("model is quantised in part only: quantize_model did not finish")
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:
-        model.save_pretrained(partial, max_shard_size="5GB")
+        model.save_pretrained(partial, max_shard_size=shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         partial.replace(folder)
@@ -1250,30 +1279,61 @@ def save_quantized(model, folder, tokenizer=None):
 
 
 def load_quantized(folder, **kwargs):
-    """The model that save_quantized (or AutoAWQ) wrote, as transformers loads it: bit-identical.
+    """The model that save_quantized (or AutoAWQ) wrote, as transformers loads it: the same tensors.
 
     kwargs go to AutoModelForCausalLM.from_pretrained. ValueError for a checkpoint with missing,
     truncated or foreign tensors.
     """
-    from transformers import AutoModelForCausalLM
-
     register()
     if Path(folder).is_dir():
-        config_file = Path(folder) / "config.json"
-        if not config_file.is_file():
-            raise ValueError(f"folder {folder} has no config.json: it is not a checkpoint")
-        config = json.loads(config_file.read_text()).get("quantization_config")
-        if config is None:
-            raise ValueError(f"{config_file} has no quantization_config: it is not quantised")
+        config = read_json(Path(folder) / "config.json").get("quantization_config")
+        if not isinstance(config, dict):
+            raise ValueError(f"{folder}/config.json has no quantization_config: not quantised")
         check_checkpoint_config(config)
-        for file in sorted(Path(folder).glob("*.safetensors")):
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"folder {folder} has no *.safetensors: only those are read")
+        for file in files:
             read_header(file)
-    kwargs.setdefault("dtype", "auto")
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"checkpoint {folder}: tensors missing or of the wrong shape: "
-                         f"{sorted(map(str, [*info['missing_keys'], *info['mismatched_keys']]))[:5]}")
+        for index in Path(folder).glob("*.safetensors.index.json"):
+            read_json(index)
+    model, info = load_pretrained(folder, output_loading_info=True, **kwargs)
+    for problem in ("missing", "mismatched", "unexpected"):
+        keys = sorted(str(key) for key in info[f"{problem}_keys"] if "inv_freq" not in str(key))
+        if keys:
+            raise ValueError(f"checkpoint {folder} has {problem} tensors: {', '.join(keys[:5])}")
     return model
+
+
+def read_json(path):
+    """The dict in a JSON file; ValueError naming the file if there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: it must be a JSON object")
+    return content
+
+
+def load_pretrained(name, **kwargs):
+    """AutoModelForCausalLM.from_pretrained, in the stored dtype; OSError that names the model."""
+    from transformers import AutoModelForCausalLM
+    kwargs.setdefault("dtype", "auto")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise OSError(f"model {str(name)!r} cannot be loaded: no such folder, and the hub has no "
+                      "such model or cannot be reached; local folders work offline") from error
+
+
+def load_tokenizer(name, **kwargs):
+    """AutoTokenizer.from_pretrained; OSError that names the model."""
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise OSError(f"model {str(name)!r} has no tokenizer that can be loaded") from error
 
 
 # ---- The API that AutoAWQ had, and the command line ----------------------------------------------
@@ -1288,15 +1348,12 @@ class AutoAWQForCausalLM:
     @classmethod
     def from_pretrained(cls, name, trust_remote_code=False, **kwargs):
         """A full-precision model from a folder or the hub, in the dtype it is stored in."""
-        from transformers import AutoModelForCausalLM
-        kwargs.setdefault("dtype", "auto")
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code,
-                                                     **kwargs)
+        model = load_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
         return cls(model, name, trust_remote_code)
 
     @classmethod
-    def from_quantized(cls, folder, trust_remote_code=False, **kwargs):
-        """A quantised model from a folder or the hub: see load_quantized."""
+    def from_quantized(cls, folder, trust_remote_code=False, fuse_layers=False, **kwargs):
+        """A quantised model (folder or hub): see load_quantized. fuse_layers is ignored."""
         model = load_quantized(folder, trust_remote_code=trust_remote_code, **kwargs)
         return cls(model, folder, trust_remote_code)
 
@@ -1305,9 +1362,9 @@ class AutoAWQForCausalLM:
                  max_calib_seq_len=None, seed=0, **options):
         """Calibrate and quantise in place; returns the report of quantize_model.
 
-        quant_config, as in AutoAWQ, may hold w_bit, q_group_size, version and zero_point. calib_data:
-        see calibration_tokens. max_calib_seq_len: 512, or the model's positions if fewer. options
-        go to quantize_model. tokenizer: the model's own unless given.
+        quant_config, as in AutoAWQ, may hold w_bit, q_group_size, version and zero_point.
+        calib_data: see calibration_tokens. max_calib_seq_len: 512, or the model's
+        positions if fewer. options go to quantize_model. tokenizer: the model's own unless given.
         """
         settings = {"w_bit": w_bit, "q_group_size": q_group_size, "version": version,
                     "zero_point": zero_point}
@@ -1328,12 +1385,13 @@ class AutoAWQForCausalLM:
 
     @property
     def tokenizer(self):
-        from transformers import AutoTokenizer
-        return AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
 
-    def save_quantized(self, folder, tokenizer=None):
-        """See save_quantized."""
-        save_quantized(self.model, folder, tokenizer)
+    def save_quantized(self, folder, tokenizer=None, safetensors=True, shard_size="5GB"):
+        """See save_quantized; only safetensors are written."""
+        if not safetensors:
+            raise ValueError("safetensors is False: no other files are written")
+        save_quantized(self.model, folder, tokenizer, shard_size)
 
     def generate(self, *args, **kwargs):
         with torch.inference_mode():
@@ -1370,6 +1428,7 @@ def main():
     args = parser.parse_args()
     try:
         check_target(args.save)
+        check_device(args.device or "cpu")
         wrapped = AutoAWQForCausalLM.from_pretrained(args.model)
         tokenizer = wrapped.tokenizer
         report = wrapped.quantize(
@@ -1378,7 +1437,7 @@ def main():
             clip=not args.no_clip, refine=args.refine, device=args.device)
         wrapped.save_quantized(args.save, tokenizer)
     except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2)
     print_report(report)
     print(f"saved to {args.save}")

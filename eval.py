@@ -27,7 +27,7 @@ from tqdm import tqdm
 import awq
 
 HERE = Path(__file__).resolve().parent
-METHODS = {     # name: (title, arguments of quantize_model); None: not quantised, {}: no calibration
+METHODS = {     # name: (title, arguments of quantize_model); {}: rounded without calibration text
     "fp": ("full precision", None),
     "rtn": ("RTN", {}),
     "awq": ("AWQ", {"clip": True}),
@@ -68,18 +68,12 @@ def published(args, window, method, bits):
 
 def load_model(name, device):
     """(model in eval mode, tokenizer); float32 on CPU, the stored dtype on CUDA."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.eval(), AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise OSError(f"model {name!r} cannot be loaded: no such folder, and the hub has no such model "
-                      "or cannot be reached; offline, use tinylm or a local folder") from error
+    return awq.load_pretrained(name, dtype=dtype).eval(), awq.load_tokenizer(name)
 
 
 def test_windows(data, tokenizer, window):
-    """[windows, window] token ids of the test split; ValueError if there is less than one window."""
+    """[windows, window] token ids of the test split; ValueError if they fill no window."""
     text = "\n\n".join(awq.load_documents(data, "test"))
     ids = tokenizer(text, verbose=False, return_tensors="pt").input_ids[0].long()
     if len(ids) < window:
@@ -88,7 +82,7 @@ def test_windows(data, tokenizer, window):
 
 
 def bytes_per_token(windows, tokenizer):
-    """UTF-8 bytes of the text behind a token of the windows: perplexities compare only through it."""
+    """UTF-8 bytes of text a token: perplexities of two vocabularies compare only through it."""
     text = "".join(tokenizer.batch_decode(windows, skip_special_tokens=True))
     return len(text.encode()) / windows.numel()
 
@@ -147,6 +141,7 @@ def run(args):
     full = perplexity(model, windows, args.device)
     rows = [{"method": "fp", "bits": 16, "group_size": None, "bits_per_weight": 16.0, "bytes": size,
              "ppl": full, "seconds": 0.0, "published": published(args, window, "fp", 16)}]
+    report = {"groups": []}
     for bits in args.bits:
         for method in args.methods:
             model, _ = load_model(args.model, args.device)
@@ -189,7 +184,8 @@ def table(rows):
     for row in rows:
         rtn = [r["ppl"] - full for r in rows if r["method"] == "rtn" and r["bits"] == row["bits"]]
         difference = row["ppl"] - full
-        recovered = f"{1 - difference / rtn[0]:.0%}" if rtn and row["method"] != "rtn" else ""
+        hurt = row["method"] != "rtn" and rtn and rtn[0] > 0
+        recovered = f"{1 - difference / rtn[0]:.0%}" if hurt else ""
         cells = [METHODS[row["method"]][0], row["bits"], row["group_size"] or "",
                  f"{row['bits_per_weight']:.2f}" if row["bits_per_weight"] else "",
                  f"{row['bytes'] / 1e6:.1f} MB", f"{row['ppl']:.3f}",
@@ -210,27 +206,34 @@ def alpha_chart(report):
     curves = [[f"{loss / line['loss_rtn']:.3f}" for _, clipped, loss in line["curve"]
                if clipped is which] for which in (False, True)]
     alphas = [f"{alpha:.2f}" for alpha, clipped, _ in line["curve"] if not clipped]
-    lines = [f"Loss of {', '.join(line['layers'])} over alpha, INT{report['bits']}, in units of RTN's "
-             f"(alpha = 0): scale alone (upper line), scale with clipping (lower line). Chosen: alpha = "
-             f"{line['alpha']:.2f}, {line['loss'] / line['loss_rtn']:.3f}.", "", "```mermaid",
+    lines = [f"Loss of {', '.join(line['layers'])} over alpha, INT{report['bits']}, in units of "
+             "RTN's (alpha = 0): scale alone (upper line), scale with clipping (lower line). "
+             f"Chosen: alpha = {line['alpha']:.2f}, {line['loss'] / line['loss_rtn']:.3f}.", "",
+             "```mermaid",
              "xychart-beta", f"    x-axis \"alpha\" [{', '.join(alphas)}]",
              "    y-axis \"loss / RTN's loss\""]
     lines += [f"    line [{', '.join(curve)}]" for curve in curves if curve]
     return "\n".join([*lines, "```"])
 
 
-def write_between_markers(path, name, text):
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a file."""
-    content = Path(path).read_text()
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if not pattern.search(content):
+def find_markers(path, name):
+    """(text of a file, match of what `<!-- name -->` and `<!-- /name -->` enclose); ValueError."""
+    text = Path(path).read_text()
+    match = re.search(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", text, re.DOTALL)
+    if not match:
         raise ValueError(f"{path} has no markers <!-- {name} --> and <!-- /{name} -->")
-    Path(path).write_text(pattern.sub(lambda m: m[1] + text + "\n" + m[2], content))
+    return text, match
+
+
+def write_between_markers(path, name, new):
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a file."""
+    text, match = find_markers(path, name)
+    Path(path).write_text(text[:match.start()] + new + "\n" + text[match.end():])
 
 
 def choice_list(text, valid, what):
     """The items of a comma-separated option; ValueError names what is not valid."""
-    items = [item.strip() for item in text.split(",") if item.strip()]
+    items = list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
     unknown = [item for item in items if item not in valid]
     if unknown or not items:
         raise ValueError(f"{what} is {text!r}: it must be a comma-separated list of "
@@ -238,19 +241,11 @@ def choice_list(text, valid, what):
     return items
 
 
-def check_device(name):
-    """ValueError unless torch can put a tensor on the device."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
-
-
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="tinylm", help="hub name or folder (the tinylm of this repository)")
-    add("--data", help="test text: wikitext, pydoc or a text file (pydoc for tinylm, else wikitext)")
+    add("--data", help="test text: wikitext, pydoc, a text file (pydoc for tinylm, else wikitext)")
     add("--calib", help=f"calibration text: {', '.join(awq.DATASETS)} or a text file (as --data)")
     add("--methods", default="rtn,awq", help=f"comma-separated: {', '.join(METHODS)}")
     add("--bits", default="4,3", help="comma-separated: 2, 3, 4, 8")
@@ -272,14 +267,19 @@ def parse_arguments(argv):
     args.methods = [m for m in choice_list(args.methods, list(METHODS), "--methods") if m != "fp"]
     args.bits = [int(b) for b in choice_list(args.bits, list(map(str, awq.BITS)), "--bits")]
     awq.check_grid(args.bits[0], args.group_size)
-    check_device(args.device)
+    awq.check_device(args.device)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json is {args.json}: its folder does not exist")
+    if args.readme:
+        find_markers(args.readme, "eval")
+        find_markers(args.readme, "alpha")
     if args.window is not None and args.window < 2:
         raise ValueError(f"--window is {args.window}: a window needs at least 2 tokens")
     if args.save:
         awq.check_target(args.save)
         if len(args.methods) * len(args.bits) != 1:
-            raise ValueError(f"--save {args.save} with methods {args.methods} and bits {args.bits}: "
-                             "it needs exactly one of each")
+            raise ValueError(f"--save {args.save} with methods {args.methods} and bits {args.bits}"
+                             ": it needs exactly one of each")
     return args
 
 
@@ -288,9 +288,9 @@ def main(argv=None):
     try:
         args = parse_arguments(argv)
         result, report = run(args)
+        print("\n" + table(result["rows"]))
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-        print("\n" + table(result["rows"]))
         if args.readme:
             text = describe(result["setup"]) + "\n\n" + table(result["rows"])
             write_between_markers(args.readme, "eval", text)

@@ -20,7 +20,7 @@ In this file, top to bottom: packing -> the PyTorch reference -> two weight layo
 -> the operator and `awq_linear` -> checks and benchmark (`python kernel.py`).
 
 Not here: 2, 3 and 8 bits (awq.py dequantises those), gradients, quantised activations. Activations
-are not staged in shared memory, which KERNEL.md expects to pay from 16 tokens up.
+are not staged in shared memory, which should pay from 16 tokens up.
 No speed is claimed: on a GPU, `python kernel.py` measures it.
 """
 
@@ -38,8 +38,11 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i holds column ORDER[i] of its eight
 COLUMN_AT = [ORDER.index(j) for j in range(8)]  # column j lies in nibble COLUMN_AT[j]
 
 # Up to this many tokens the fused kernel, beyond it dequantise + cuBLAS.
-# Not measured yet: an estimate from KERNEL.md's arithmetic; `python kernel.py` prints both sides.
+# Not measured yet: an estimate; `python kernel.py` prints both sides.
 FUSED_MAX_TOKENS = 128
+# On a CPU, up to this many tokens `grouped`, beyond it dequantise once and multiply: with one core
+# of an EPYC the two cross between 256 and 2048 tokens.
+GROUPED_MAX_TOKENS = 256
 
 
 # --- packing: all on bytes, little-endian as every machine torch runs on ------------------------
@@ -709,7 +712,8 @@ def linear_op(x: Tensor, weight: Tensor, table: Optional[Tensor], qzeros: Tensor
         return y if bias is None else y + bias
     qweight = weight if weight.shape == (K, N // 8) and weight.dtype == torch.int32 else restore(
         Repacked(weight, table), N, K)
-    plain = grouped if method == "auto" and not x.is_cuda else reference
+    few = method == "auto" and not x.is_cuda and M <= GROUPED_MAX_TOKENS
+    plain = grouped if few else reference
     return plain(x, qweight, qzeros, scales, bias, group_size)
 
 

@@ -61,7 +61,7 @@ ROTARY = dict(**COMMON, num_key_value_heads=2, intermediate_size=128, head_dim=1
      {"gain": 2, "rows": 1, None: 1}),                                  # Conv1D, GELU
 ])
 def test_other_families_fold_and_load(kind, config, folds, tokens, tmp_path):
-    """What is folded where follows from the block alone; saved and loaded, the logits are the same."""
+    """What is folded where follows from the block alone; loaded again, the logits are the same."""
     from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
     model = randomize(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)),
@@ -133,12 +133,19 @@ LAYER = "model.layers.1.mlp.up_proj"
 
 
 @pytest.mark.parametrize("damage, named", [
-    (lambda f: (f / "config.json").unlink(), "no config.json"),
+    (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+    (lambda f: (f / "config.json").write_text("not json"), "config.json cannot be read as JSON"),
+    (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
+    (lambda f: (f / "model.safetensors").rename(f / "model.bin"), "has no .*safetensors"),
+    (lambda f: change_tensors(f, lambda t: t.update({"model.layers.7.x.scales": torch.ones(2)})),
+     "unexpected tensors: model.layers.7.x.scales"),
+    (lambda f: change_tensors(f, lambda t: t.update({LAYER + ".weight": torch.ones(128, 64)})),
+     "has both a weight and a qweight"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\x01"), "model.safetensors is truncated"),
     (lambda f: (f / "model.safetensors").write_bytes(
         (f / "model.safetensors").read_bytes()[:-100]), "model.safetensors is truncated"),
     (lambda f: (f / "model.safetensors").write_bytes(
-        b"\xff" * 8 + (f / "model.safetensors").read_bytes()[8:]), "model.safetensors is truncated"),
+        b"\xff" * 8 + (f / "model.safetensors").read_bytes()[8:]), "safetensors is truncated"),
     (lambda f: (f / "model.safetensors").write_bytes(
         struct.pack("<Q", 4) + b"abcd"), "model.safetensors is truncated or not"),
     (lambda f: break_header(f / "model.safetensors", lambda h: h.pop(LAYER + ".scales")),
@@ -151,7 +158,8 @@ LAYER = "model.layers.1.mlp.up_proj"
     (lambda f: change_tensors(f, lambda t: t.pop(LAYER + ".qweight")), f"missing.*{LAYER}.weight"),
     (lambda f: change_tensors(f, lambda t: t.update({LAYER + ".qzeros": t[LAYER + ".qzeros"][:1]})),
      f"model.safetensors: tensor {LAYER}.qzeros"),
-    (lambda f: change_tensors(f, lambda t: t.update({LAYER + ".scales": t[LAYER + ".scales"].float()})),
+    (lambda f: change_tensors(f, lambda t: t.update(
+        {LAYER + ".scales": t[LAYER + ".scales"].float()})),
      f"model.safetensors: tensor {LAYER}.scales"),
     (lambda f: change_tensors(f, lambda t: t.update(other_qweight=t.pop(LAYER + ".qweight"))),
      f"missing.*{LAYER}.weight"),
@@ -202,6 +210,9 @@ def test_save_refuses_files_and_full_folders(saved, tmp_path):
     assert (tmp_path / "empty" / "config.json").is_file()
     with pytest.raises(ValueError, match="no AWQLinear"):
         awq.save_quantized(llama(), tmp_path / "plain")
+    del model.config.quantization_config        # as after Ctrl-C in quantize_model
+    with pytest.raises(ValueError, match="in part only"):
+        awq.save_quantized(model, tmp_path / "part")
 
 
 def test_an_interrupted_save_leaves_nothing(saved, tmp_path, monkeypatch):
@@ -309,3 +320,23 @@ def test_command_line_quantizes_and_saves(folder, tmp_path):
     bad = subprocess.run([*command, "--save", str(text)], capture_output=True, text=True)
     assert bad.returncode == 2 and "is a file" in bad.stderr and "Traceback" not in bad.stderr
     assert Path(text).is_file()
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["no-such-org/model"], "error: model 'no-such-org/model' cannot be loaded"),
+    (["x", "--device", "banana"], "error: device is 'banana'"),
+])
+def test_command_line_errors_are_one_line(arguments, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["awq.py", *arguments, "--save", str(tmp_path / "q")])
+    with pytest.raises(SystemExit) as end:
+        awq.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.splitlines()[-1].startswith(named)
+    assert not (tmp_path / "q").exists()
+
+
+def test_sharded_checkpoints_load(saved, tmp_path):
+    folder, logits, tokens = saved
+    awq.save_quantized(awq.load_quantized(folder), tmp_path / "shards", shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert torch.equal(awq.load_quantized(tmp_path / "shards")(tokens).logits, logits)

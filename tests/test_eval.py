@@ -115,8 +115,8 @@ def test_table_and_json_hold_the_same_numbers(tmp_path):
 def test_saved_model_is_the_evaluated_one(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x + 1\n" * 400)
-    options = ["--data", text, "--calib", text, "--samples", "2", "--seq-len", "64", "--window", "64",
-               "--device", "cpu"]
+    options = ["--data", text, "--calib", text, "--samples", "2", "--seq-len", "64", "--window",
+               "64", "--device", "cpu"]
     done = run_eval(*options, "--bits", "4", "--methods", "awq", "--save", tmp_path / "q",
                     "--json", tmp_path / "out.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -138,15 +138,20 @@ def test_saved_model_is_the_evaluated_one(tmp_path):
     (["--samples", "10000000"], "10000000 samples need"),
     (["--save", "."], "is a non-empty folder"),
     (["--save", "q"], "exactly one of each"),
-    (["--device", "banana"], "--device is 'banana'"),
+    (["--device", "banana"], "device is 'banana'"),
+    (["--json", "nowhere/out.json"], "--json is nowhere/out.json"),
+    (["--readme", "mine"], "no markers <!-- eval -->"),
     (["--window", "1"], "--window is 1"),
 ])
-def test_bad_options_end_with_one_line_and_code_2(arguments, named, tmp_path):
+def test_bad_options_end_with_one_line_and_code_2(arguments, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("")
-    done = run_eval(*arguments, "--json", "out.json", cwd=tmp_path)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(lines) == 1 and named in lines[0], done.stderr
-    assert "Traceback" not in done.stderr and "|" not in done.stdout
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(["--device", "cpu", "--json", "out.json", *arguments])
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and len(lines) == 1 and named in lines[0], err
+    assert "|" not in out
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -191,9 +196,9 @@ def test_chart_shows_the_curve_of_the_report(tokens):
 
 def test_write_between_markers_replaces_only_its_block(tmp_path):
     file = tmp_path / "README.md"
-    file.write_text("a\n<!-- eval -->\nold\n<!-- /eval -->\nb\n<!-- other -->\nkeep\n<!-- /other -->\n")
+    rest = "\nb\n<!-- other -->\nkeep\n<!-- /other -->\n"
+    file.write_text("a\n<!-- eval -->\nold\n<!-- /eval -->" + rest)
     evaluation.write_between_markers(file, "eval", "new | \\1")
-    assert file.read_text() == ("a\n<!-- eval -->\nnew | \\1\n<!-- /eval -->\nb\n<!-- other -->\nkeep\n"
-                                "<!-- /other -->\n")
+    assert file.read_text() == "a\n<!-- eval -->\nnew | \\1\n<!-- /eval -->" + rest
     with pytest.raises(ValueError, match="no markers"):
         evaluation.write_between_markers(file, "missing", "x")

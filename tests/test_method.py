@@ -24,7 +24,8 @@ def weights(draw, max_groups=3):
     for row in range(rows):
         for g in range(groups):
             part = W[row, g * group_size:(g + 1) * group_size]
-            kind = draw(st.sampled_from(["plain", "zero", "constant", "positive", "negative", "one"]))
+            kind = draw(st.sampled_from(
+                ["plain", "zero", "constant", "positive", "negative", "one"]))
             if kind == "zero":
                 part.zero_()
             elif kind == "constant":
@@ -191,7 +192,7 @@ def test_search_never_worse_than_rtn(seed, bits, clip):
 
 
 def test_search_finds_the_salient_channel():
-    """One channel with inputs 50 times the others': alpha > 0 wins, and that channel's s is largest."""
+    """One channel with inputs 50 times the others': alpha > 0 wins, its s is the largest."""
     W, X = layer(3)
     X = X / X.abs().mean(0)
     X[:, 7] *= 50
@@ -295,3 +296,55 @@ def test_quantize_takes_any_layout_and_dtype():
     W = torch.randn(128, 6).half().T
     assert torch.equal(fake_quantize(W), fake_quantize(W.float().contiguous(), 4, 128))
     assert torch.equal(fake_quantize(W, 3, -1), dequantize(*quantize(W, 3, -1)))
+
+
+@given(st.integers(0, 10 ** 6), st.floats(0, 1))
+def test_channel_scale_is_a_power_of_the_score(seed, alpha):
+    """s_X^alpha times what makes max(s) min(s) = 1; dead channels count as 1e-4 of the top."""
+    s_X = torch.rand(32, generator=torch.Generator().manual_seed(seed)) + 0.01
+    s_X[5] = 0
+    s = awq.channel_scale(s_X, alpha).double()
+    floored = s_X.double().clamp(min=s_X.max().item() * 1e-4)
+    assert math.isclose(s.max() * s.min(), 1, rel_tol=1e-4)
+    assert torch.allclose(s / s[0], (floored / floored[0]) ** alpha, rtol=1e-4)
+
+
+def test_the_grid_is_eq_5s_and_s_is_what_can_be_stored():
+    W, X = layer(4)
+    C, s_X, storable = X.T @ X / len(X), X.abs().mean(0), lambda s: s.bfloat16().float()
+    found = awq.search_scale(W, C, s_X, 3, 32, storable=storable)
+    assert [alpha for alpha, clipped, _ in found.curve if clipped] == [i / 20 for i in range(21)]
+    refined = [awq.refine_scale(W, C, found, 3, 32, True, refine, torch.arange(64), storable)
+               for refine in awq.REFINEMENTS]
+    for choice in (found, *refined):
+        assert torch.equal(choice.s, storable(choice.s)) and not torch.equal(choice.s, s_X ** 0)
+
+
+def test_clipping_is_judged_by_the_loss_of_the_unscaled_output():
+    """For W diag(s) the blocks are C / (s s^T): e / s against C_gg in float64, group by group."""
+    W, X = layer(6)
+    C = X.T @ X / len(X)
+    s = awq.channel_scale(X.abs().mean(0), 0.7)
+    choice = awq.with_clipping(W, C, awq.scored(W, C, s, None, 0.7, 3, 32), 3, 32, awq.BOTH)
+
+    def losses(kept):
+        e = ((fake_quantize(W * s, 3, 32, (kept, kept)) - W * s) / s).double()
+        return torch.stack([((e_g @ C_gg) * e_g).sum(-1) for e_g, C_gg in zip(
+            e.split(32, 1), awq.diagonal_blocks(C, 32).double())], 1)
+
+    best = torch.stack([losses(kept) for kept in awq.SHRINKS]).amin(0)
+    chosen = torch.stack([torch.where(choice.shrink[0] == kept, losses(kept), 0)
+                          for kept in [torch.tensor(k).item() for k in awq.SHRINKS]]).sum(0)
+    assert torch.allclose(chosen, best, rtol=1e-3)
+
+
+def test_every_move_of_the_grid_refinement_lowers_the_loss():
+    """refine_grid keeps E C up to date and tests moves together: what it returns is never worse."""
+    for seed in range(6):
+        W, X = layer(seed)
+        C = X.T @ X / len(X)
+        found = awq.search_scale(W, C, X.abs().mean(0), 3, 32, clip=False)
+        s = awq.refine_grid(W, C, found, 3, 32, torch.arange(64))
+        assert awq.scaled_loss(W, C, s, None, 3, 32).item() < 0.97 * found.loss
+        ratio = s / found.s
+        assert 0.4999 < ratio.min() < 1 < ratio.max() < 1.5001

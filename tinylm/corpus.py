@@ -1,4 +1,4 @@
-"""Offline text that every CPython carries, split so that what is trained on is never evaluated on."""
+"""Offline text that every CPython carries, split so that no text is trained and evaluated on."""
 import ast
 import hashlib
 import sysconfig

@@ -108,8 +108,8 @@ def mean_loss(model, tokens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent))
-    parser.add_argument("--steps", type=int, default=11000)
-    parser.add_argument("--batch", type=int, default=4, help=f"windows of {LENGTH} tokens in a step")
+    parser.add_argument("--steps", type=int, default=10200)
+    parser.add_argument("--batch", type=int, default=2, help=f"windows of {LENGTH} in a step")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=3e-3)
