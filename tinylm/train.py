@@ -1,6 +1,10 @@
 """Train tinylm, the small LLaMA-shaped language model that `python eval.py` quantises offline.
 
-    python tinylm/train.py --out tinylm        # on 2 CPU cores; prints its time when it ends
+    python tinylm/train.py --compile
+
+The committed model: 10200 steps of 2 x 512 tokens in 1597 s on 2 cores of an EPYC (torch 2.13.0, seed
+0, 2 threads); held-out perplexity 16.03 a token, 1.615 bits a byte. A run of four times the tokens
+reached 14.87 halfway and then grew worse: there is little documentation to learn from.
 
 Text: the "train" split of corpus.py (topic texts, docstrings, module sources). The
 "test" split is read only for the perplexity printed at the end: nothing is tuned or chosen on it.
