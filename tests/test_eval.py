@@ -64,7 +64,7 @@ def test_tinylm_is_what_it_says(tinylm):
 
 
 def test_awq_recovers_what_rtn_loses_on_tinylm(tinylm):
-    """INT3: more than 30 % of RTN's loss (41 % in README's table); v -> o is folded, heads shared."""
+    """INT3: more than 30 % of RTN's loss (README: 41 %); v -> o is folded, heads shared."""
     model, _, tokens, windows = tinylm
     windows = windows[::2]
     full = evaluation.perplexity(model, windows, "cpu")
