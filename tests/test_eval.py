@@ -81,6 +81,18 @@ def test_awq_recovers_what_rtn_loses_on_tinylm(tinylm):
             assert line["folded_into"].endswith("v_proj")
 
 
+@pytest.mark.xfail(reason="the target; README's table has 41 % for this tinylm", strict=False)
+def test_int3_recovers_the_target_of_45_percent(tinylm):
+    """At least 45 % of RTN's INT3 loss, by README's protocol: 128 samples, all windows."""
+    model, tokenizer, _, windows = tinylm
+    tokens = awq.calibration_tokens("pydoc", tokenizer, 128, 512)
+    rounded, searched = copy.deepcopy(model), copy.deepcopy(model)
+    awq.round_model(rounded, 3, 128)
+    awq.quantize_model(searched, tokens, 3, 128, progress=False)
+    full, rtn, ours = (evaluation.perplexity(m, windows, "cpu") for m in (model, rounded, searched))
+    assert ours - full < 0.55 * (rtn - full)
+
+
 def test_rtn_is_the_search_without_its_parts(tinylm):
     """round_model and quantize_model(scale=False, clip=False) store the same integers."""
     model, _, tokens, _ = tinylm

@@ -348,3 +348,15 @@ def test_every_move_of_the_grid_refinement_lowers_the_loss():
         assert awq.scaled_loss(W, C, s, None, 3, 32).item() < 0.97 * found.loss
         ratio = s / found.s
         assert 0.4999 < ratio.min() < 1 < ratio.max() < 1.5001
+
+
+def test_grid_refinement_keeps_its_error_up_to_date():
+    """Inputs that move together couple all groups: a stale E C would raise the loss."""
+    for seed in range(4):
+        W, X = layer(seed)
+        X = X + 3 * torch.randn(len(X), 2, generator=torch.Generator().manual_seed(seed)
+                                ) @ torch.randn(2, 64, generator=torch.Generator().manual_seed(9))
+        C = X.T @ X / len(X)
+        found = awq.search_scale(W, C, X.abs().mean(0), 3, 8, clip=False)
+        s = awq.refine_grid(W, C, found, 3, 8, torch.arange(64))
+        assert awq.scaled_loss(W, C, s, None, 3, 8).item() < 0.9 * found.loss

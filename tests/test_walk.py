@@ -411,3 +411,12 @@ def test_blocks_are_the_list_with_most_parameters():
 def test_inference_mode_is_refused(tokens):
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         awq.quantize_model(llama(), tokens, 4, 32, progress=False)
+
+
+def test_each_layer_of_a_group_is_packed_with_its_own_rows():
+    block = Odd()
+    W, shrink = torch.randn(64, 32), torch.rand(2, 64, 1) * 0.5 + 0.5
+    awq.pack_group(block, awq.Group(("wide", "last"), None), W, shrink, 4, 32)
+    for layer, rows in ((block.wide, slice(0, 32)), (block.last, slice(32, 64))):
+        expected = awq.fake_quantize(W[rows], 4, 32, shrink[:, rows])
+        assert torch.equal(layer.dequantized_weight(), expected)
