@@ -218,7 +218,9 @@ class InputStatistics:
         X = X.reshape(-1, X.shape[-1]).float()
         self.tokens += len(X)
         self.absolute_sum += X.abs().sum(0)
-        self.square_sum.addmm_(X.T, X)
+        step = -(-X.shape[1] // 8)      # X^T X is symmetric: an eighth of its rows at a time,
+        for i in range(0, X.shape[1], step):                # from the diagonal on
+            self.square_sum[i:i + step, i:].addmm_(X[:, i:i + step].T, X[:, i:])
 
     @property
     def s_X(self):
@@ -226,7 +228,8 @@ class InputStatistics:
 
     @property
     def C(self):
-        return self.square_sum / self.tokens
+        upper = self.square_sum.triu() / self.tokens
+        return upper + upper.triu(1).T
 
 
 # ---- The loss and the search for s ---------------------------------------------------------------
@@ -263,14 +266,26 @@ def group_losses(E, blocks):
 SHRINKS = tuple(1 - i / 20 for i in range(11))  # 1, 0.95, ..., 0.5
 
 
+def row_chunks(W):
+    """Slices of the rows of W [N, K] that a CPU's cache holds; on other devices all rows at once."""
+    rows = max(1, 2 ** 17 // W.shape[1]) if W.device.type == "cpu" else len(W)
+    return [slice(start, start + rows) for start in range(0, len(W), rows)]
+
+
 def search_shrink(W, blocks, bits, group_size, ends, start=None):
     """Per row and group, the shrink of its range with the least e C_gg e^T  (clipping). [2, N, K/G]
 
     ends: which ends of the range to shrink, one search after the other: ((0, 1),) both by the
     same part, ((0,), (1,)) the lower, then the upper. start: the shrink to begin with (1).
     """
-    shape = (2, W.shape[0], W.shape[1] // group_size)
-    shrink = torch.ones(shape, device=W.device) if start is None else start
+    if start is None:
+        start = W.new_ones(2, W.shape[0], W.shape[1] // group_size)
+    return torch.cat([search_rows(W[rows], blocks, bits, group_size, ends, start[:, rows])
+                      for rows in row_chunks(W)], 1)
+
+
+def search_rows(W, blocks, bits, group_size, ends, shrink):
+    """search_shrink of a few rows."""
     best = group_losses(fake_quantize(W, bits, group_size, shrink) - W, blocks)
     for end in ends:
         chosen = shrink
@@ -286,7 +301,11 @@ def search_shrink(W, blocks, bits, group_size, ends, start=None):
 
 def scaled_loss(W, C, s, shrink, bits, group_size):
     """L(s) = || Q(W diag(s)) diag(1/s) X^T - W X^T ||_F^2 / T  (Eq. 4), through C."""
-    return gram_loss(fake_quantize(W * s, bits, group_size, shrink) / s - W, C)
+    def loss_of(rows):
+        part = None if shrink is None else shrink[:, rows]
+        return gram_loss(fake_quantize(W[rows] * s, bits, group_size, part) / s - W[rows], C)
+
+    return sum(map(loss_of, row_chunks(W)))
 
 
 class Scaling(NamedTuple):
