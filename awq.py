@@ -51,7 +51,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
 import kernel
@@ -441,19 +442,25 @@ def refine_scale(W, C, found, bits, group_size, clip, refine, rows, storable=lam
 
 
 class Call(NamedTuple):
-    """The arguments a model gave one of its blocks; `args[0]` or `hidden_states` is the input."""
+    """The arguments a model gave one of its blocks; the first tensor or `hidden_states` counts."""
 
     args: tuple
     kwargs: dict
 
     @property
+    def key(self):
+        """The keyword of the hidden states when they are not the first argument."""
+        first = (key for key, x in self.kwargs.items() if isinstance(x, torch.Tensor))
+        return "hidden_states" if "hidden_states" in self.kwargs else next(first)
+
+    @property
     def hidden(self):
-        return self.args[0] if self.args else self.kwargs["hidden_states"]
+        return self.args[0] if self.args else self.kwargs[self.key]
 
     def with_hidden(self, hidden):
         if self.args:
             return Call((hidden, *self.args[1:]), self.kwargs)
-        return Call((), {**self.kwargs, "hidden_states": hidden})
+        return Call((), {**self.kwargs, self.key: hidden})
 
     def to(self, device):
         return Call(*map_tensors(lambda x: x.to(device), tuple(self)))
@@ -468,8 +475,8 @@ def map_tensors(function, tree):
 
 
 def hidden_of(output):
-    """A block's hidden states: blocks return them alone or first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """A block's hidden states: blocks return them alone or first in a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def run_block(block, call):
@@ -477,11 +484,18 @@ def run_block(block, call):
     return hidden_of(block(*call.args, **call.kwargs))
 
 
+def run_whole(block, call):
+    """All tensors a block makes: what it returns and what it leaves in dicts it was given."""
+    leaves, _ = tree_flatten((block(*call.args, **call.kwargs), call.kwargs))
+    return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 class Fold(NamedTuple):
     """How s leaves: a module of the same block whose output channels are divided by s."""
 
     producer: str           # name of the module within the block
-    kind: str               # "gain": weight / s; "1 + gain": (1 + weight) / s - 1; "rows": rows / s
+    kind: str               # "gain": weight / s; "1 + gain": (1 + weight) / s - 1; "rows": rows / s;
+                            # "root rows": rows / sqrt(s), before a squared ReLU
     rows: torch.Tensor      # [K]: the producer's output channel behind each input channel
 
 
@@ -490,56 +504,75 @@ class Group(NamedTuple):
 
     layers: tuple           # names within the block
     fold: Fold | None
+    kept: tuple = ()        # Linears that read it too and stay in full precision (routers): times s
+    reason: str = ""        # why there is no fold
 
 
 @torch.no_grad()
 def divide_output(producer, kind, rows, s):
     """Divide the producer's output channels by s [K] (equal where rows are). In place."""
-    if kind == "rows":
-        factor = torch.ones(producer.weight.shape[0], dtype=s.dtype, device=s.device)
-        factor[rows] = s
+    factor = torch.ones(producer.weight.shape[0], dtype=s.dtype, device=s.device)
+    factor[rows] = s.sqrt() if kind == "root rows" else s
+    if "rows" in kind:
         producer.weight.copy_(producer.weight.to(s.dtype) / factor[:, None])
     else:
-        factor = s
         offset = 1.0 if kind == "1 + gain" else 0.0
-        producer.weight.copy_((producer.weight.to(s.dtype) + offset) / s - offset)
+        producer.weight.copy_((producer.weight.to(s.dtype) + offset) / factor - offset)
     if getattr(producer, "bias", None) is not None:
         producer.bias.copy_(producer.bias.to(s.dtype) / factor)
 
 
-def storable_scale(producer, kind):
+def storable_scale(producer, kind, rows):
     """s -> the s that divide_output really divides by, after rounding to the gain's dtype."""
     # not in the paper: near -1 the stored w of (1 + w) / s is coarse; this way the loss knows.
     gain = producer.weight.detach()
     offset = 1.0 if kind == "1 + gain" else 0.0
 
     def storable(s):
-        if kind == "rows":      # a Linear's row has many weights: no one s for their rounding
+        if "rows" in kind:      # a Linear's row has many weights: no one s for their rounding
             return s
-        before = gain.float() + offset
+        before = gain.float()[rows] + offset
         after = (before / s - offset).to(gain.dtype).float() + offset
         return torch.where(after * before > 0, before / after, s)
     return storable
 
 
+class RouterTrace(TorchFunctionMode):
+    """Collects the Linears whose output the block chooses from: the last one before a topk."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.routers = ("", 0, 0), set()     # name, out_features, elements of its output
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("topk", "argmax", "max", "sort"):
+            x = args[0] if args else kwargs["input"]
+            if x.ndim and (x.shape[-1], x.numel()) == self.last[1:]:
+                self.routers.add(self.last[0])
+        return function(*args, **(kwargs or {}))
+
+
 def trace_block(block, call):
-    """Names of leaf modules in the order they run, and of Linears by the tensor they read."""
-    order, readers, alive = [], {}, []
+    """Names of leaf modules in the order they run, of Linears by the tensor they read, routers."""
+    order, readers, alive, choices = [], {}, [], RouterTrace()
 
     def record(module, args, kwargs):
         order.append(names[module])
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor):
+        if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor) and x.numel():
             alive.append(x)     # so that no other tensor takes its address
             key = (x.data_ptr(), x._version, x.shape[-1], x.numel())
             readers.setdefault(key, []).append(names[module])
+            N = module.out_features
+            choices.last = (names[module], N, x.numel() // x.shape[-1] * N)
 
     names = {module: name for name, module in block.named_modules() if not list(module.children())}
     with ExitStack() as hooks:
         for module in names:
             hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
+        hooks.enter_context(choices)
         run_block(block, call)
-    return order, list(readers.values())
+    return order, list(readers.values()), choices.routers
 
 
 def probe_copy(block):
@@ -559,23 +592,33 @@ def probe_copy(block):
 
 
 def fold_is_exact(block, call, layers, fold):
-    """Prove a fold: scale by random powers of two, which is exact, and compare to the last bit.
+    """Prove a fold: scale by random powers of four, which is exact, and compare to the last bit.
 
-    True if the block's output changes when only the producer is divided, and is bitwise the first
-    one again when the columns of `layers` are multiplied. A residual that also reads the norm, or a
-    GELU between producer and layers, fails here; so does a fold that has no effect at all.
+    True if what the block makes changes when only the producer is divided, and is bitwise the first
+    again when the columns of `layers` are multiplied. A residual that also reads the norm, or a
+    GELU between producer and layers, fails here; so does a fold that has no effect at all. The
+    block is left as it was: powers of two are undone exactly. (Of four, for their square roots.)
     """
-    trial = copy.deepcopy(block)
     generator = torch.Generator().manual_seed(1)
-    powers = 2.0 ** torch.randint(-2, 3, (int(fold.rows.max()) + 1,), generator=generator)
+    powers = 4.0 ** torch.randint(-1, 2, (int(fold.rows.max()) + 1,), generator=generator)
     s = powers[fold.rows].to(call.hidden.device)
-    expected = run_block(trial, call)
-    divide_output(trial.get_submodule(fold.producer), fold.kind, fold.rows.to(s.device), s)
-    if torch.equal(run_block(trial, call), expected):
-        return False
-    for name in layers:
-        trial.get_submodule(name).weight.data *= s
-    return torch.equal(run_block(trial, call), expected)
+    producer, rows = block.get_submodule(fold.producer), fold.rows.to(s.device)
+    weights = [block.get_submodule(name).weight.data for name in layers]
+
+    def unchanged():
+        found = run_whole(block, call)
+        return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+    expected = run_whole(block, call)
+    divide_output(producer, fold.kind, rows, s)
+    has_effect = not unchanged()
+    for weight in weights:
+        weight *= s
+    exact = has_effect and unchanged()
+    for weight in weights:
+        weight /= s
+    divide_output(producer, fold.kind, rows, 1 / s)
+    return exact
 
 
 def trace_rows(block, call, producer, layer, first, count):
@@ -592,13 +635,15 @@ def trace_rows(block, call, producer, layer, first, count):
     seen = []
 
     def keep(_, args):
-        seen.append(args[0].reshape(*call.hidden.shape[:2], -1)[0, 0])
+        seen.append(args[0].reshape(-1, args[0].shape[-1])[:1])
 
     with block.get_submodule(layer).register_forward_pre_hook(keep):
         run_block(block, call)
         with module.register_forward_hook(lambda _, args, output: output * factor):
             run_block(block, call)
-    number = (seen[1] / seen[0]).round()
+    if len(seen) != 2 or not all(map(len, seen)):       # an expert that no token reaches
+        return None
+    number = (seen[1] / seen[0])[0].round()
     if not ((number >= 1) & (number <= count)).all():
         return None
     return first - 1 + number.long().cpu()
@@ -612,13 +657,16 @@ def candidate_folds(block, call, order, layers):
         producer = block.get_submodule(name)
         gain = getattr(producer, "weight", None)
         if not isinstance(producer, nn.Linear):
-            if isinstance(gain, torch.Tensor) and gain.shape == (K,):
-                yield Fold(name, "gain", torch.arange(K))
-                yield Fold(name, "1 + gain", torch.arange(K))
+            # a gain shorter than K: a norm over each head, with one gain for all heads
+            if isinstance(gain, torch.Tensor) and gain.ndim == 1 and K % len(gain) == 0:
+                rows = torch.arange(K) % len(gain)
+                yield Fold(name, "gain", rows)
+                yield Fold(name, "1 + gain", rows)
             continue
         R = producer.out_features
         if R == K:
             yield Fold(name, "rows", torch.arange(K))
+            yield Fold(name, "root rows", torch.arange(K))
             continue
         for first, count in [(0, R)] + [(R - K, K), (0, K)] * (R > K):  # all, the last, the first
             rows = trace_rows(block, call, name, layers[0], first, count)
@@ -626,49 +674,90 @@ def candidate_folds(block, call, order, layers):
                 yield Fold(name, "rows", rows)
 
 
+def plan_group(block, call, order, layers, skipped, shared):
+    """The Group of the layers that are not skipped, with the first fold that is proven."""
+    kept = tuple(name for name in layers if name in skipped)
+    packed = tuple(name for name in layers if name not in skipped)
+    fixed = [name for name in kept if name in shared or order.count(name) > 1]
+    if fixed:
+        return Group(packed, None, kept, f"{fixed[0]} reads the same tensor and is left alone")
+    tried = []
+    for fold in candidate_folds(block, call, order, layers):
+        if fold.producer in shared:
+            continue
+        if fold_is_exact(block, call, layers, fold):
+            return Group(packed, fold, kept)
+        tried.append(fold.producer)
+    names = ", ".join(dict.fromkeys(tried))
+    return Group(packed, None, kept, "no producer whose scaling leaves the block's output "
+                 f"unchanged; tried: {names or 'no norm or Linear of this width runs before'}")
+
+
 @torch.no_grad()
-def plan_block(block, call, bits, group_size):
+def plan_block(block, call, bits, group_size, shared=()):
     """The groups of Linears of a block, each with its proven fold, and the Linears left alone.
 
-    Returns ([Group, ...] in the order they run, {layer name: reason}).
+    shared: names of modules whose parameters serve elsewhere in the model too. Returns
+    ([Group, ...] in the order they run, {layer name: reason}).
     """
     linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     block, call = probe_copy(block), call.float()
-    hidden = torch.randn(call.hidden.shape, generator=torch.Generator().manual_seed(0))
-    call = call.with_hidden(hidden.to(call.hidden.device))
-    order, readers = trace_block(block, call)
-    groups = []
-    skipped = {name: "not reached when the block ran" for name in linears if name not in order}
-    for layers in readers:
-        reasons = {name: reason_to_skip(block.get_submodule(name), bits, group_size)
-                   if order.count(name) == 1 else "used more than once in the block"
-                   for name in layers}
-        if any(reasons.values()):
-            shares = "shares its input with a layer that cannot be quantised"
-            skipped.update({name: reason or shares for name, reason in reasons.items()})
-            continue
-        proven = (fold for fold in candidate_folds(block, call, order, layers)
-                  if fold_is_exact(block, call, layers, fold))
-        groups.append(Group(tuple(layers), next(proven, None)))
+    groups, skipped, reached = [], {}, set()
+    for seed in range(16):                  # until every expert has been given a token
+        hidden = torch.randn(call.hidden.shape, generator=torch.Generator().manual_seed(seed))
+        call = call.with_hidden(hidden.to(call.hidden.device))
+        order, readers, routers = trace_block(block, call)
+        for layers in readers:
+            layers = list(dict.fromkeys(layers))
+            if reached.isdisjoint(layers):
+                skipped.update(reasons_to_skip(block, layers, order, routers, shared, bits,
+                                               group_size))
+                if not skipped.keys() >= set(layers):
+                    groups.append(plan_group(block, call, order, layers, skipped, shared))
+        reached.update(order)
+        if reached.issuperset(linears):
+            break
+    skipped.update({name: "not reached when the block ran" for name in linears
+                    if name not in reached})
     return groups, skipped
 
 
-def reason_to_skip(layer, bits, group_size):
-    """Why a Linear cannot be stored in the checkpoint format, or None."""
-    if group_size != -1 and layer.in_features % group_size:
-        return f"in_features {layer.in_features} is not a multiple of group_size {group_size}"
-    if layer.out_features % 8:
-        return f"out_features {layer.out_features} is not a multiple of 8"
-    return None
+def reasons_to_skip(block, layers, order, routers, shared, bits, group_size):
+    """{name: reason} for those of the layers, which read one tensor, that must stay as they are."""
+    reasons = {}
+    for name in layers:
+        layer = block.get_submodule(name)
+        if name in routers:
+            reasons[name] = "a router: experts are chosen by its output"
+        elif name in shared:
+            reasons[name] = "its weight is shared with another module"
+        elif order.count(name) > 1:
+            reasons[name] = "used more than once in the block"
+        elif group_size != -1 and layer.in_features % group_size:
+            reasons[name] = (f"in_features {layer.in_features} is not a multiple of group_size "
+                             f"{group_size}")
+        elif layer.out_features % 8:
+            reasons[name] = f"out_features {layer.out_features} is not a multiple of 8"
+    # Readers of a checkpoint fuse q, k and v, gate and up: of one module's Linears, all or none.
+    parents = {name.rpartition(".")[0] for name in reasons.keys() - routers}
+    return {name: reasons.get(name, "shares its input with a layer that cannot be quantised")
+            for name in layers if name in reasons or name.rpartition(".")[0] in parents}
 
 
 # ---- The model walk ------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def find_blocks(model):
-    """(name, ModuleList) of the decoder blocks: the list that holds most of the parameters."""
+    """(name, ModuleList) of the decoder blocks: of the lists that run, that of most parameters."""
+    ran = set()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda m, _: ran.add(m)))
+        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device),
+                         use_cache=False)
     lists = [(name, module) for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList)]
+             if isinstance(module, nn.ModuleList) and not ran.isdisjoint(module)]
     if not lists:
         raise ValueError(f"model {type(model).__name__} has no nn.ModuleList of blocks to quantise")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
@@ -678,13 +767,13 @@ def replace_conv1d(model):
     """transformers' Conv1D (GPT-2) stores W^T: turn every one into the nn.Linear that it is."""
     from transformers.pytorch_utils import Conv1D
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            K, N = module.weight.shape
-            linear = nn.Linear(K, N, device="meta")
-            linear.weight = nn.Parameter(module.weight.data.T.contiguous(), requires_grad=False)
-            linear.bias = module.bias
-            model.set_submodule(name, linear)
+    for name in [name for name, module in model.named_modules() if isinstance(module, Conv1D)]:
+        module = model.get_submodule(name)
+        K, N = module.weight.shape
+        linear = nn.Linear(K, N, device="meta")
+        linear.weight = nn.Parameter(module.weight.data.T.contiguous(), requires_grad=False)
+        linear.bias = module.bias
+        model.set_submodule(name, linear)
 
 
 class _Recorded(Exception):
@@ -703,7 +792,7 @@ def record_calls(model, blocks, tokens):
         if block in calls:
             raise ValueError(f"block {list(blocks).index(block)} runs more than once in a forward "
                              "pass: shared blocks are not supported")
-        call = Call(args, kwargs)
+        call = Call(*map_tensors(lambda x: x, (args, kwargs)))  # the model may fill its dicts later
         calls[block] = call.with_hidden(call.hidden.clone())
         if len(calls) == len(blocks):
             raise _Recorded
@@ -720,44 +809,30 @@ def record_calls(model, blocks, tokens):
 
 
 @torch.no_grad()
-def walk_blocks(model, blocks, tokens, batch_size, device, visit):
-    """Drive the model's own forward once and let visit(index, block, call, states) see every block.
+def walk_blocks(model, blocks, tokens, batch_size, device, few, visit):
+    """Drive the model's own forward once and let visit(index, block, calls) see every block.
 
-    states is the list of all micro-batches' hidden states before the block, call the arguments of
-    the first. After visit, which may change the block, all states advance through it. The model
-    runs on the first micro-batch only: its arguments for each block (masks, rotary tables) serve
-    the others, which have the same shape. ValueError if those depend on the tokens, if the model
-    changes hidden states between blocks, and for NaN or Inf.
+    The model runs on all samples at once, its blocks on micro-batches: calls is the list of the
+    block's arguments for each. After visit, which may change the block, all of them advance through
+    it. few: the Call of each block for a single sample (see split_call). ValueError for NaN or Inf.
     """
-    batches = tokens.split(largest_divisor(len(tokens), batch_size))
-    calls = [record_calls(model, blocks[:1], batch)[0] for batch in batches]
-    empty = torch.zeros(())
-    for call in calls[1:]:
-        if not same_tree(call.with_hidden(empty), calls[0].with_hidden(empty)):
-            raise ValueError("the blocks' keyword arguments depend on the tokens: not supported")
-    states = [call.hidden.to(device) for call in calls]
-    del calls
-
-    def advance(index, block):
+    def drive(index, block):
         home = next(block.parameters()).device
 
         def forward(*args, **kwargs):
             del block.forward                       # from here on, the block is itself again
-            call = Call(args, kwargs).to(device)
-            if not torch.equal(call.hidden, states[0]):
-                raise ValueError(f"the model changes the hidden states before block {index}: "
-                                 "not supported")
+            parts = split_call(Call(args, kwargs), few[index], len(tokens), batch_size)
+            calls = [call.to(device) for call in parts]
             block.to(device)
-            visit(index, block, call, states)
-            for i, state in enumerate(states):
-                here = call.with_hidden(state)
-                output = block(*here.args, **here.kwargs)
-                states[i] = hidden_of(output)
-                first = output if i == 0 else first
-                if not states[i].isfinite().all():
-                    raise ValueError(f"the output of block {index} contains NaN or Inf")
+            visit(index, block, calls)
+            outputs = [map_tensors(lambda x: x.to(home), block(*call.args, **call.kwargs))
+                       for call in calls]
+            if not all(hidden_of(output).isfinite().all() for output in outputs):
+                raise ValueError(f"the output of block {index} contains NaN or Inf")
             block.to(home)
-            return map_tensors(lambda x: x.to(home), first)
+            for key in (key for key, value in kwargs.items() if isinstance(value, dict)):
+                kwargs[key].update(map_tensors(lambda x: x.to(home), calls[0].kwargs[key]))
+            return join_outputs(outputs, [len(call.hidden) for call in calls])
 
         return forward
 
@@ -765,33 +840,48 @@ def walk_blocks(model, blocks, tokens, batch_size, device, visit):
         if "forward" in block.__dict__:
             raise ValueError(f"block {index} has a forward of its own (accelerate's device_map?): "
                              "load the model without one")
-        block.forward = advance(index, block)
+        block.forward = drive(index, block)
     try:
-        model.base_model(input_ids=batches[0], use_cache=False)
+        model.base_model(input_ids=tokens, use_cache=False)
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
 
 
-def largest_divisor(n, limit):
-    """The largest divisor of n that is at most limit."""
-    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+def split_call(call, single, samples, batch_size):
+    """The Call of all samples in micro-batches of batch_size: [Call, ...].
+
+    A tensor is split along dimension 0 if that is the number of samples here and 1 in the Call of a
+    single sample. What cannot be split (hidden states with another dimension first, dicts and
+    objects in which blocks leave something for later ones) goes to the block as it is, at once.
+    """
+    leaves, shape = tree_flatten(tuple(call))
+    singles, _ = tree_flatten(tuple(single))
+
+    def is_batched(x, one):
+        return (isinstance(x, torch.Tensor) and isinstance(one, torch.Tensor) and x.ndim == one.ndim
+                and x.ndim > 0 and len(x) == samples and len(one) == 1)
+
+    plain = all(isinstance(x, (torch.Tensor, bool, int, float, str, type(None))) for x in leaves)
+    if not plain or len(leaves) != len(singles) or not is_batched(call.hidden, single.hidden) \
+            or any(isinstance(value, dict) for value in call.kwargs.values()):
+        return [call]
+    parts = [x.split(batch_size) if is_batched(x, one) else None
+             for x, one in zip(leaves, singles)]
+    return [Call(*tree_unflatten([x if part is None else part[i] for x, part in zip(leaves, parts)],
+                                 shape)) for i in range(-(-samples // batch_size))]
 
 
-def same_tree(a, b):
-    """Equal nested arguments: tensors and numbers by value, other objects by type."""
-    leaves_a, shape_a = tree_flatten(a)
-    leaves_b, shape_b = tree_flatten(b)
-
-    def same(x, y):
-        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
-            return torch.equal(x, y)
-        return x == y if isinstance(x, (bool, int, float, str)) else type(x) is type(y)
-
-    return shape_a == shape_b and all(map(same, leaves_a, leaves_b))
+def join_outputs(outputs, sizes):
+    """What a block returned for micro-batches of `sizes` samples, as one."""
+    leaves = [tree_flatten(output)[0] for output in outputs]
+    joined = [torch.cat(parts) if all(isinstance(x, torch.Tensor) and x.ndim and len(x) == size
+                                      for x, size in zip(parts, sizes)) else parts[0]
+              for parts in zip(*leaves)]
+    return tree_unflatten(joined, tree_flatten(outputs[0])[1])
 
 
-def collect_statistics(block, groups, call, states):
+def collect_statistics(block, groups, calls):
     """InputStatistics of every group, from one pass of all micro-batches through the block."""
     statistics = []
     with ExitStack() as hooks:
@@ -802,36 +892,53 @@ def collect_statistics(block, groups, call, states):
             hooks.enter_context(layer.register_forward_pre_hook(
                 lambda _, args, kwargs, entry=entry: entry.update((*args, *kwargs.values())[0]),
                 with_kwargs=True))
-        for state in states:
-            run_block(block, call.with_hidden(state))
+        for call in calls:
+            run_block(block, call)
     return statistics
 
 
 @torch.no_grad()
-def quantize_group(block, path, group, statistics, call, bits, group_size, scale, clip, refine):
+def quantize_group(block, path, group, statistics, call, bits, group_size, scale, clip, refine,
+                   input_scale=False, tokens=0):
     """Search s for the layers of a group, fold it and pack them; returns their line of the report.
 
-    path: the block's name in the model.
+    path: the block's name in the model. tokens: of the calibration set; an expert to which fewer
+    than a group's channels were routed is only rounded.
     """
     layers, fold = [block.get_submodule(name) for name in group.layers], group.fold
     W = torch.cat([layer.weight.float() for layer in layers])       # [N, K], rows stacked
+    G = check_grid(bits, group_size, W.shape[1])
+    line = {"layers": [f"{path}.{name}" for name in group.layers], "folded_into": None,
+            "fold": None, "reason": group.reason}
+    if statistics.tokens < min(G, tokens):
+        pack_group(block, group, W, None, bits, G)
+        return {**line, "alpha": 0.0, "loss_rtn": 0.0, "loss": 0.0, "curve": (), "reason":
+                f"{statistics.tokens} of {tokens} calibration tokens: too few, plain rounding"}
     C, s_X = statistics.C, statistics.s_X
     if not (C.isfinite().all() and s_X.isfinite().all()):
         raise ValueError(f"the input of {path}.{group.layers[0]} contains NaN or Inf")
-    G = check_grid(bits, group_size, W.shape[1])
-    if scale and fold:
-        rows = fold.rows.to(W.device)
-        storable = storable_scale(block.get_submodule(fold.producer), fold.kind)
+    if scale and (fold or input_scale):
+        rows, storable, dtype = torch.arange(W.shape[1]), None, layers[0].weight.dtype
+        if fold:
+            rows = fold.rows
+            storable = storable_scale(block.get_submodule(fold.producer), fold.kind, rows)
+            line.update(folded_into=f"{path}.{fold.producer}", fold=fold.kind)
+        else:
+            storable = lambda s: 1 / (1 / s).to(dtype).float()
+            line.update(folded_into="the layers' input_scale", fold="input")
+        rows = rows.to(W.device)
         found = search_scale(W, C, shared_score(s_X, rows), bits, G, clip, storable=storable)
         if refine:
             found = refine_scale(W, C, found, bits, G, clip, refine, rows, storable)
-        apply_fold(block, group, call, found.s)
+        if fold:
+            apply_fold(block, group, call, found.s)
     else:
-        fold, found = None, search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
+        found = search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
     pack_group(block, group, W * found.s, found.shrink, bits, G)
-    return {"layers": [f"{path}.{name}" for name in group.layers],
-            "folded_into": fold and f"{path}.{fold.producer}", "fold": fold and fold.kind,
-            "alpha": found.alpha, "loss_rtn": found.loss_rtn, "loss": found.loss,
+    if line["fold"] == "input":
+        for name in group.layers:
+            block.get_submodule(name).input_scale = (1 / found.s).to(dtype)
+    return {**line, "alpha": found.alpha, "loss_rtn": found.loss_rtn, "loss": found.loss,
             "curve": found.curve}
 
 
@@ -863,19 +970,19 @@ def apply_fold(block, group, call, s):
     expected = run_block(block, call).float()
     divide_output(block.get_submodule(group.fold.producer), group.fold.kind,
                   group.fold.rows.to(s.device), s)
-    for name in group.layers:
+    for name in group.layers + group.kept:
         weight = block.get_submodule(name).weight
         weight.data = (weight.float() * s).to(weight.dtype)
     added = (expected - call.hidden.float()).norm()
     error = (run_block(block, call).float() - expected).norm() / added.clamp(min=1e-30)
-    if not error < FOLD_TOLERANCE[call.hidden.dtype]:
+    if not error < FOLD_TOLERANCE[weight.dtype]:
         raise ValueError(f"folding s into {group.fold.producer} changed what the block adds by "
                          f"{error:.2%}: the block does not behave as the one it was proven on")
 
 
 @torch.no_grad()
 def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None, scale=True,
-                   device=None, batch_size=8, progress=True):
+                   device=None, batch_size=8, progress=True, input_scale=False):
     """Replace the Linears of a transformers causal LM's blocks by AWQLinear, in place.
 
     model: a decoder-only AutoModelForCausalLM, float32, float16 or bfloat16, in CPU or CUDA memory.
@@ -884,10 +991,13 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     refine: None, "grid" or "gradient", a search over single channels from the grid's answer.
     device: where a block is while it is worked on (default: CUDA if there is one).
     batch_size: at most so many samples run through a block at once.
+    input_scale: layers whose 1/s can be folded nowhere multiply their input by it (a buffer that no
+    other reader of AWQ checkpoints knows: save_quantized refuses it) instead of keeping s = 1.
 
     Returns the report, a dict of "bits", "group_size", "seconds", "skipped" ({layer: reason}) and
-    "groups": a list of {"block", "layers", "folded_into", "fold", "alpha", "loss_rtn", "loss",
-    "curve"}, losses as in Eq. 4 per token, curve the (alpha, clipped, loss) of the grid.
+    "groups": a list of {"block", "layers", "folded_into", "fold", "reason" (why s = 1), "alpha",
+    "loss_rtn", "loss", "curve"}, losses as in Eq. 4 per token, curve the (alpha, clipped, loss) of
+    the grid.
     ValueError for arguments out of range, NaN or Inf in a weight or activation, and when no layer
     can be quantised. An error after the walk began leaves the model partly quantised.
     """
@@ -898,20 +1008,20 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     groups = []
     with tqdm(total=len(blocks), desc="quantising", unit="block", disable=not progress) as bar:
 
-        def visit(index, block, call, states):
+        def visit(index, block, batches):
             few, lines = calls[index].to(device), []
-            statistics = collect_statistics(block, plans[index], call, states)
+            statistics = collect_statistics(block, plans[index], batches)
             # not in the paper: last group first, since a fold changes rows of an earlier group,
             # which is then searched and packed as it will be stored.
             for group, entry in reversed(list(zip(plans[index], statistics))):
                 line = quantize_group(block, f"{prefix}.{index}", group, entry, few, bits,
-                                      group_size, scale, clip, refine)
+                                      group_size, scale, clip, refine, input_scale, tokens.numel())
                 lines.insert(0, {"block": index, **line})
             groups.extend(lines)
             bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
             bar.update()
 
-        walk_blocks(model, blocks, tokens.to(model.device), batch_size, device, visit)
+        walk_blocks(model, blocks, tokens.to(model.device), batch_size, device, calls, visit)
     model.config.quantization_config = checkpoint_config(bits, group_size, list(skipped))
     return {"bits": bits, "group_size": group_size, "groups": groups, "skipped": skipped,
             "seconds": time.time() - start}
@@ -971,19 +1081,42 @@ def plan_model(model, tokens, bits, group_size):
     model.eval()
     replace_conv1d(model)
     prefix, blocks = find_blocks(model)
-    calls = record_calls(model, blocks, tokens[:2, :16].to(model.device))
+    # one sample, as split_call needs it; a length that is no width of a layer, for RouterTrace
+    calls = record_calls(model, blocks, tokens[:1, :31].to(model.device))
     plans, skipped, known = [], {}, {}
+    elsewhere = shared_modules(model)
     for index, (block, call) in enumerate(zip(blocks, calls)):
-        structure = repr(block) + repr([tuple(p.shape) for p in block.parameters()])
+        path = f"{prefix}.{index}."
+        shared = {name.removeprefix(path) for name in elsewhere if name.startswith(path)}
+        structure = repr((block, [tuple(p.shape) for p in block.parameters()], sorted(shared)))
         if structure not in known:
-            known[structure] = plan_block(block, call, bits, group_size)
+            known[structure] = plan_block(block, call, bits, group_size, shared)
         groups, reasons = known[structure]
         plans.append(groups)
-        skipped.update({f"{prefix}.{index}.{name}": reason for name, reason in reasons.items()})
+        skipped.update({path + name: reason for name, reason in reasons.items()})
     if not any(plans):
         raise ValueError(f"group_size is {group_size}: no layer can be quantised: "
                          f"{'; '.join(sorted(set(skipped.values()))) or 'there is no nn.Linear'}")
-    return plans, prefix, blocks, calls, {**skipped, **skip_outside(model, prefix)}
+    return plans, prefix, blocks, calls, {**skipped, **skip_fused(model, prefix),
+                                          **skip_outside(model, prefix)}
+
+
+def shared_modules(model):
+    """Names of the modules with a parameter that another one (or another name) has too."""
+    users = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(parameter, []).append(name.rpartition(".")[0])
+    return {name for names in users.values() if len(names) > 1 for name in names}
+
+
+def skip_fused(model, prefix):
+    """{name: reason} for the modules of blocks that hold fused experts, [experts, rows, columns]."""
+    sizes = {name: sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
+             for name, module in model.named_modules() if name.startswith(prefix + ".")
+             and not isinstance(module, (nn.Conv1d, nn.Linear))}
+    share = sum(sizes.values()) / sum(p.numel() for p in model.parameters())
+    return {name: f"fused 3-D parameters stay in full precision: {share:.0%} of the model in all"
+            for name, size in sizes.items() if size}
 
 
 def skip_outside(model, prefix):
@@ -1035,6 +1168,7 @@ class AWQLinear(nn.Module):
                                                    device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device)
                              if bias else None)
+        self.register_buffer("input_scale", None)       # 1/s, where no other layer divides by s
         self.repacked, self.prepared_for = None, None   # the kernel's layout: see prepare
 
     @classmethod
@@ -1057,9 +1191,12 @@ class AWQLinear(nn.Module):
     @property
     def weight(self):
         """W_hat anew at every access, for code of transformers that expects a Linear to have it."""
-        return self.dequantized_weight()
+        W_hat = self.dequantized_weight()
+        return W_hat if self.input_scale is None else W_hat * self.input_scale
 
     def forward(self, x):
+        if self.input_scale is not None:
+            x = x * self.input_scale.to(x.dtype)
         if self.bits != 4:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), bias)
@@ -1285,6 +1422,11 @@ def save_quantized(model, folder, tokenizer=None, shard_size="5GB"):
         raise ValueError("model has no AWQLinear: call quantize_model first")
     if getattr(model.config, "quantization_config", None) is None:
         raise ValueError("model is quantised in part only: quantize_model did not finish")
+    scaled = [name for name, module in model.named_modules()
+              if getattr(module, "input_scale", None) is not None]
+    if scaled:
+        raise ValueError(f"model was quantised with input_scale: {scaled[0]} multiplies its input "
+                         "by 1/s, for which the checkpoint format has no place")
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     partial.mkdir(parents=True)
