@@ -45,11 +45,13 @@ import os
 import shutil
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -204,6 +206,33 @@ def unpack(words, bits, columns):
     return values.sum(-1, dtype=torch.uint8)[:, :columns]
 
 
+# ---- Several processes: each has its slice of the samples, and of the rows of every layer --------
+
+
+def ranks():
+    """(rank, number of ranks) of torch.distributed; (0, 1) in a process of its own."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def my_share(length):
+    """The slice of range(length) that is this rank's."""
+    rank, count = ranks()
+    return slice(length * rank // count, length * (rank + 1) // count)
+
+
+def add_over_ranks(tensor):
+    """The sum of the ranks' tensors, in place and the same bits on each; ConnectionError."""
+    if ranks()[1] > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise ConnectionError(f"rank {ranks()[0]} of {ranks()[1]}: another rank died or did "
+                                  f"not answer in time ({error})") from error
+    return tensor
+
+
 # ---- Statistics of the calibration inputs --------------------------------------------------------
 
 
@@ -222,6 +251,13 @@ class InputStatistics:
         step = -(-X.shape[1] // 8)      # X^T X is symmetric: an eighth of its rows at a time,
         for i in range(0, X.shape[1], step):                # from the diagonal on
             self.square_sum[i:i + step, i:].addmm_(X[:, i:i + step].T, X[:, i:])
+
+    def add_over_ranks(self):
+        """The statistics of all ranks' samples."""
+        tokens = torch.tensor([self.tokens], device=self.absolute_sum.device)
+        self.tokens = int(add_over_ranks(tokens))
+        add_over_ranks(self.absolute_sum)
+        add_over_ranks(self.square_sum)
 
     @property
     def s_X(self):
@@ -336,6 +372,21 @@ def with_clipping(W, C, choice, bits, group_size, ends):
     return scored(W, C, choice.s, shrink, choice.alpha, bits, group_size)
 
 
+def summed(choices):
+    """The choices with the losses of all ranks' rows."""
+    losses = torch.tensor([choice.loss for choice in choices], dtype=torch.float64,
+                          device=choices[0].s.device)
+    return [choice._replace(loss=loss)
+            for choice, loss in zip(choices, add_over_ranks(losses).tolist())]
+
+
+def gathered(shrink, rows, count):
+    """The shrink [2, count, K/G] of all rows, from the one that each rank found for its rows."""
+    whole = shrink.new_zeros(2, count, shrink.shape[2])
+    whole[:, rows] = shrink
+    return add_over_ranks(whole)
+
+
 def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=lambda s: s):
     """argmin over alpha of L(s_X^alpha), Eq. 4 and 5, clipping searched inside the loop: a Scaling.
 
@@ -346,17 +397,21 @@ def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=l
     """
     # not in the paper: there alpha is chosen first and the range clipped afterwards, by one factor
     # for both ends and not for q and k. That order can end above clipping alone.
-    tried = []
+    N, rows = len(W), my_share(len(W))
+    W, tried = W[rows], []
     for alpha in [i / 20 for i in range(21)] if alphas is None else alphas:
         s = storable(channel_scale(s_X, alpha))
         tried.append(scored(W, C, s, None, alpha, bits, group_size))
         if clip:
             tried.append(with_clipping(W, C, tried[-1], bits, group_size, BOTH))
+    tried = summed(tried)
     best = min(tried, key=lambda choice: choice.loss)
     if clip:    # then each end on its own, which costs too much for every alpha
-        finals = [with_clipping(W, C, choice, bits, group_size, EACH)
-                  for choice in (best, tried[1])]
+        finals = summed([with_clipping(W, C, choice, bits, group_size, EACH)
+                         for choice in (best, tried[1])])
         best = min([best, *finals], key=lambda choice: choice.loss)
+    if best.shrink is not None:
+        best = best._replace(shrink=gathered(best.shrink, rows, N))
     curve = tuple((choice.alpha, choice.shrink is not None, choice.loss) for choice in tried)
     return best._replace(loss_rtn=tried[0].loss, curve=curve)
 
@@ -894,6 +949,8 @@ def collect_statistics(block, groups, calls):
                 with_kwargs=True))
         for call in calls:
             run_block(block, call)
+    for entry in statistics:
+        entry.add_over_ranks()
     return statistics
 
 
@@ -998,19 +1055,33 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     "groups": a list of {"block", "layers", "folded_into", "fold", "reason" (why s = 1), "alpha",
     "loss_rtn", "loss", "curve"}, losses as in Eq. 4 per token, curve the (alpha, clipped, loss) of
     the grid.
+    "stages" gives the seconds of "plan", "statistics" (first pass, Gram matrices), "search"
+    (fold and pack included) and "forward" (second pass, and what the model does between blocks).
+    Under torch.distributed every rank calls this with the same model and tokens, runs its slice of
+    the samples and searches its slice of each layer's rows; all end with the same weights.
     ValueError for arguments out of range, NaN or Inf in a weight or activation, and when no layer
-    can be quantised. An error after the walk began leaves the model partly quantised.
+    can be quantised; ConnectionError if another rank dies. An error after the walk began leaves
+    the model partly quantised.
     """
-    start = time.time()
+    watch = Stopwatch()
     check_arguments(model, tokens, bits, group_size, refine, batch_size)
+    if len(tokens) < ranks()[1]:
+        raise ValueError(f"tokens has {len(tokens)} samples: each of {ranks()[1]} ranks needs one")
     device = check_device(device or ("cuda" if torch.cuda.is_available() else model.device))
     plans, prefix, blocks, calls, skipped = plan_model(model, tokens, bits, group_size)
-    groups = []
-    with tqdm(total=len(blocks), desc="quantising", unit="block", disable=not progress) as bar:
+    watch.lap("plan", device)
+    groups, mine = [], tokens[my_share(len(tokens))].to(model.device)
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(blocks), desc="quantising", unit="block",
+                                       disable=not progress or ranks()[0] > 0))
+        if device.type == "cuda" and model.dtype != torch.float32:
+            stack.enter_context(tf32_products())
 
         def visit(index, block, batches):
+            watch.lap("forward", device)
             few, lines = calls[index].to(device), []
             statistics = collect_statistics(block, plans[index], batches)
+            watch.lap("statistics", device)
             # not in the paper: last group first, since a fold changes rows of an earlier group,
             # which is then searched and packed as it will be stored.
             for group, entry in reversed(list(zip(plans[index], statistics))):
@@ -1020,11 +1091,39 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
             groups.extend(lines)
             bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
             bar.update()
+            watch.lap("search", device)
 
-        walk_blocks(model, blocks, tokens.to(model.device), batch_size, device, calls, visit)
+        walk_blocks(model, blocks, mine, batch_size, device, calls, visit)
+    watch.lap("forward", device)
     model.config.quantization_config = checkpoint_config(bits, group_size, list(skipped))
     return {"bits": bits, "group_size": group_size, "groups": groups, "skipped": skipped,
-            "seconds": time.time() - start}
+            "seconds": sum(watch.stages.values()), "stages": watch.stages}
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.stages, self.last = {}, time.time()
+
+    def lap(self, stage, device):
+        """The time since the last lap was this stage's."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.time()
+        self.stages[stage] = self.stages.get(stage, 0.0) + now - self.last
+        self.last = now
+
+
+@contextmanager
+def tf32_products():
+    """float32 products on tensor cores: their 10 bits of mantissa hold 16-bit inputs exactly."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def loss_ratio(groups):
@@ -1589,6 +1688,8 @@ def main():
     args = parser.parse_args()
     try:
         check_target(args.save)
+        own_device = join_ranks()
+        args.device = args.device or own_device
         check_device(args.device or "cpu")
         wrapped = AutoAWQForCausalLM.from_pretrained(args.model)
         tokenizer = wrapped.tokenizer
@@ -1596,12 +1697,25 @@ def main():
             tokenizer, calib_data=args.calib, w_bit=args.bits, q_group_size=args.group_size,
             max_calib_samples=args.samples, max_calib_seq_len=args.seq_len, seed=args.seed,
             clip=not args.no_clip, refine=args.refine, device=args.device)
-        wrapped.save_quantized(args.save, tokenizer)
+        if ranks()[0] == 0:
+            wrapped.save_quantized(args.save, tokenizer)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2)
-    print_report(report)
-    print(f"saved to {args.save}")
+    if ranks()[0] == 0:
+        print_report(report)
+        print(f"saved to {args.save}")
+
+
+def join_ranks():
+    """Join the other processes if torchrun started this one; returns this rank's GPU, or None."""
+    if "LOCAL_RANK" not in os.environ:
+        return None
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+    if device:
+        torch.cuda.set_device(device)
+    dist.init_process_group(timeout=timedelta(minutes=10))
+    return device
 
 
 def print_report(report):
@@ -1615,7 +1729,8 @@ def print_report(report):
               f"| {line['alpha']:.2f} | {ratio:.3f} |")
     for name, reason in report["skipped"].items():
         print(f"not quantised: {name}: {reason}")
-    print(f"{report['seconds']:.1f} s")
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["stages"].items())
+    print(f"{report['seconds']:.1f} s: {stages}")
 
 
 if __name__ == "__main__":
