@@ -906,22 +906,22 @@ def walk_blocks(model, blocks, tokens, batch_size, device, few, visit):
 def split_call(call, single, samples, batch_size):
     """The Call of all samples in micro-batches of batch_size: [Call, ...].
 
-    A tensor is split along dimension 0 if that is the number of samples here and 1 in the Call of a
-    single sample. What cannot be split (hidden states with another dimension first, dicts and
-    objects in which blocks leave something for later ones) goes to the block as it is, at once.
+    A tensor is split along dimension 0 if that is `samples` times as long as in the Call of a single
+    sample. What cannot be split (hidden states with another dimension first, dicts and objects in
+    which blocks leave something for later ones) goes to the block as it is, at once.
     """
     leaves, shape = tree_flatten(tuple(call))
     singles, _ = tree_flatten(tuple(single))
 
     def is_batched(x, one):
         return (isinstance(x, torch.Tensor) and isinstance(one, torch.Tensor) and x.ndim == one.ndim
-                and x.ndim > 0 and len(x) == samples and len(one) == 1)
+                and x.ndim > 0 and len(x) == samples * len(one))
 
     plain = all(isinstance(x, (torch.Tensor, bool, int, float, str, type(None))) for x in leaves)
     if not plain or len(leaves) != len(singles) or not is_batched(call.hidden, single.hidden) \
             or any(isinstance(value, dict) for value in call.kwargs.values()):
         return [call]
-    parts = [x.split(batch_size) if is_batched(x, one) else None
+    parts = [x.split(batch_size * len(one)) if is_batched(x, one) else None
              for x, one in zip(leaves, singles)]
     return [Call(*tree_unflatten([x if part is None else part[i] for x, part in zip(leaves, parts)],
                                  shape)) for i in range(-(-samples // batch_size))]
@@ -1180,8 +1180,9 @@ def plan_model(model, tokens, bits, group_size):
     model.eval()
     replace_conv1d(model)
     prefix, blocks = find_blocks(model)
-    # one sample, as split_call needs it; a length that is no width of a layer, for RouterTrace
-    calls = record_calls(model, blocks, tokens[:1, :31].to(model.device))
+    # One sample, as split_call needs it; odd, as no layer's width is, for RouterTrace.
+    length = 29 if tokens.shape[1] == 31 * len(tokens) else 31
+    calls = record_calls(model, blocks, tokens[:1, :length].to(model.device))
     plans, skipped, known = [], {}, {}
     elsewhere = shared_modules(model)
     for index, (block, call) in enumerate(zip(blocks, calls)):
@@ -1437,6 +1438,18 @@ def read_header(path):
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
+def by_module_names(model, tensors):
+    """A dict by names in a checkpoint, by the model's own: transformers renames some as it loads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules, own = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    return {rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0]: entry
+            for name, entry in tensors.items()}
+
+
 def prepare_packed_layers(model, config, files):
     """Put an AWQLinear where the files hold a packed layer; ValueError if a tensor does not fit."""
     replace_conv1d(model)
@@ -1444,6 +1457,7 @@ def prepare_packed_layers(model, config, files):
     for file in files or ():
         header = read_header(file)
         tensors.update({name: (*entry, Path(file).name) for name, entry in header.items()})
+    tensors = by_module_names(model, tensors)
     packed = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
     if not packed:
         raise ValueError(f"{Path(files[0]).name}: no tensor is called *.qweight, though the config "
