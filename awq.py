@@ -42,6 +42,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -1412,30 +1413,39 @@ def check_checkpoint_config(config):
     """ValueError, naming the entry, for a quantization_config that this file cannot read."""
     if config.get("quant_method") != "awq":
         raise ValueError(f"quant_method is {config.get('quant_method')!r}: it must be 'awq'")
-    if "bits" not in config or "group_size" not in config:
-        raise ValueError("quantization_config has no bits or no group_size")
+    for key in ("bits", "group_size"):
+        if key not in config:
+            raise ValueError(f"quantization_config has no {key}")
     check_grid(config["bits"], config["group_size"])
+    version = config.get("version") or config.get("format") or "gemm"
+    if config.get("backend") == "llm-awq":
+        version = "llm-awq"
     expected = "gemm" if config["bits"] == 4 else "dense"
-    if str(config.get("version", "gemm")).lower() != expected:
-        raise ValueError(f"version is {config.get('version')!r}: with {config['bits']} bits it "
-                         f"must be {expected!r} (GEMV, Marlin and TinyChat layouts are not read)")
-    if config.get("zero_point") is False:
-        raise ValueError("zero_point is False: only checkpoints with zero points are read")
+    if str(version).lower() != expected:
+        raise ValueError(f"version is {version!r}: with {config['bits']} bits it must be "
+                         f"{expected!r} (GEMV, Marlin, ExLlama, IPEX and TinyChat (llm-awq) "
+                         "checkpoints are not read)")
+    if config.get("zero_point", True) is not True:
+        raise ValueError(f"zero_point is {config['zero_point']!r}: only checkpoints with zero "
+                         "points (True) are read")
 
 
 def read_header(path):
-    """{tensor: (dtype, shape)} of a safetensors file; ValueError if it is not what it says."""
+    """{tensor: (dtype, shape, file name)} of a safetensors file; ValueError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: only safetensors files are read")
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not there, though the checkpoint's index names it")
     try:
         with safe_open(path, framework="pt") as file:   # checks the header against the file's size
             entries = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (entry.get_dtype(), tuple(entry.get_shape()))
+            return {name: (entry.get_dtype(), tuple(entry.get_shape()), Path(path).name)
                     for name, entry in entries.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file{misfit(path)}: "
+                         f"{error}") from error
 
 
 def by_module_names(model, tensors):
@@ -1450,39 +1460,136 @@ def by_module_names(model, tensors):
             for name, entry in tensors.items()}
 
 
-def prepare_packed_layers(model, config, files):
-    """Put an AWQLinear where the files hold a packed layer; ValueError if a tensor does not fit."""
-    replace_conv1d(model)
-    tensors = {}
-    for file in files or ():
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1,
+         "BOOL": 1}
+
+
+def misfit(path):
+    """For an error: the first tensor whose header entry contradicts itself or the file, if any."""
+    size, name = os.path.getsize(path), None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, size))               # never more than there is
+    try:
+        for name, entry in json.loads(header).items():
+            begin, end = (0, 0) if name == "__metadata__" else entry["data_offsets"]
+            shape = (0,) if name == "__metadata__" else entry["shape"]
+            need = math.prod(shape) and BYTES[entry["dtype"]] * math.prod(shape)
+            if not 0 <= begin <= end <= size - 8 - length or end - begin != need:
+                return f" (tensor {name} does not fit)"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f" (tensor {name} is not described)" if name else ""
+    return ""
+
+
+def read_headers(files, folder):
+    """read_header of all shards; ValueError for a tensor stored twice or a shard outside folder."""
+    tensors, root = {}, os.path.abspath(folder)
+    for file in files:
+        if Path(folder).is_dir() and not os.path.abspath(file).startswith(root + os.sep):
+            raise ValueError(f"{file} is outside of {folder}: the checkpoint's index must not "
+                             "leave its folder")
         header = read_header(file)
-        tensors.update({name: (*entry, Path(file).name) for name, entry in header.items()})
-    tensors = by_module_names(model, tensors)
-    packed = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        for name in header.keys() & tensors.keys():
+            raise ValueError(f"{Path(file).name}: tensor {name} is in {tensors[name][2]} too")
+        tensors.update(header)
+    return tensors
+
+
+def prepare_packed_layers(model, bits, group_size, files):
+    """Put an AWQLinear where the files hold a packed layer; ValueError if a tensor does not fit.
+
+    Only headers are read, and the model is still without memory. Returns the headers by the model's names.
+    """
+    if not files:
+        raise ValueError("state_dict is given: an AWQ checkpoint is read from safetensors only")
+    replace_conv1d(model)
+    headers, modules = read_headers(files, model.name_or_path), dict(model.named_modules())
+    tensors = by_module_names(model, headers)
+    stored = {}                                             # {module: {tensor: header entry}}
+    for name, entry in tensors.items():
+        module, _, key = name.rpartition(".")
+        stored.setdefault(module, {})[key] = entry
+    packed = {name: entries for name, entries in stored.items()
+              if entries.keys() & {"qweight", "qzeros"}}
     if not packed:
         raise ValueError(f"{Path(files[0]).name}: no tensor is called *.qweight, though the config "
                          "says quant_method awq")
-    modules = dict(model.named_modules())
-    twice = [name for name in packed if f"{name}.weight" in tensors]
-    if twice:
-        raise ValueError(f"{tensors[twice[0] + '.weight'][2]}: {twice[0]} has both a weight and a "
-                         "qweight: it is one or the other")
-    for name in packed:
-        layer = modules.get(name)
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"{tensors[name + '.qweight'][2]}: {name} is packed, but the model "
-                             "has no nn.Linear of that name")
+    for name, entries in packed.items():
+        layer = packed_layer(name, modules.get(name), entries, bits, group_size)
+        model.set_submodule(name, layer)
+    check_tensors(model, headers)
+    return tensors
+
+
+def packed_layer(name, linear, entries, bits, group_size):
+    """An AWQLinear without memory in the place of linear; ValueError unless entries are its own."""
+    file = next(iter(entries.values()))[2]
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"{file}: {name} is packed, but the model has no nn.Linear of that name")
+    try:
         with torch.device("meta"):
-            new = AWQLinear(layer.in_features, layer.out_features, layer.bias is not None,
-                            config["bits"], config["group_size"], dtype=layer.weight.dtype)
-        for key, dtype in (("qweight", "I32"), ("qzeros", "I32"), ("scales", "F16")):
-            expected = (dtype, tuple(getattr(new, key).shape))
-            found = tensors.get(f"{name}.{key}")
-            if found is None or found[:2] != expected:
-                where = f"{found[2]}: " if found else ""
-                raise ValueError(f"{where}tensor {name}.{key} is {found and found[:2]}: "
-                                 f"it must be {expected}")
-        model.set_submodule(name, new)
+            layer = AWQLinear(linear.in_features, linear.out_features, linear.bias is not None,
+                              bits, group_size, dtype=linear.weight.dtype)
+    except ValueError as error:
+        raise ValueError(f"{file}: {name} cannot be packed: {error}") from None
+    for key, dtype in (("qweight", "I32"), ("qzeros", "I32"), ("scales", "F16")):
+        expected = (dtype, tuple(getattr(layer, key).shape))
+        if key not in entries:
+            raise ValueError(f"{file}: tensor {name}.{key} is missing")
+        if entries[key][:2] != expected:
+            raise ValueError(f"{entries[key][2]}: tensor {name}.{key} is {entries[key][:2]}: it "
+                             f"must be {expected}{other_layout(linear, *entries['qweight'][:2])}")
+    for key in entries.keys() - layer.state_dict().keys():
+        raise ValueError(f"{entries[key][2]}: tensor {name}.{key} has no place beside a qweight")
+    return layer
+
+
+def other_layout(linear, dtype, shape):
+    """For an error: which tool's layout a qweight that is not GEMM's may have."""
+    N, K = linear.weight.shape
+    if dtype == "I16":
+        return " (TinyChat's or GEMV-fast's layout, which is not read)"
+    names = {(N, K // 8): "GEMV", (K // 16, 2 * N): "Marlin", (K // 8, N): "GPTQ"}
+    return f" ({names[shape]}'s layout, which is not read)" if shape in names else ""
+
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+def check_tensors(model, tensors):
+    """ValueError if a tensor of the model is missing from the files, or of another type or size.
+
+    transformers would take memory for a missing tensor and draw it at random.
+    """
+    wanted = model.state_dict()
+    for name in wanted.keys() & tensors.keys():
+        dtype, shape, file = tensors[name]
+        # An order of axes that transformers' own conversions change is left to them.
+        if sorted(shape) != sorted(wanted[name].shape) \
+                or wanted[name].is_floating_point() != (dtype in FLOATS):
+            raise ValueError(f"{file}: tensor {name} is {dtype, shape}: the model has "
+                             f"{wanted[name].dtype} {tuple(wanted[name].shape)}")
+    pairs = [pair for pair in model.all_tied_weights_keys.items() if tensors.keys() & pair]
+    there = tensors.keys() | {name for pair in pairs for name in pair}
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    missing = [name for name in wanted
+               if name not in there and not any(re.search(rule, name) for rule in ignored)]
+    # A tensor under another name may be one that transformers renames, splits or joins: that keeps
+    # the number of elements.
+    spare = sum(math.prod(tensors[name][1]) for name in tensors.keys() - wanted.keys())
+    if sum(wanted[name].numel() for name in missing) > spare:
+        files = ", ".join(sorted({entry[2] for entry in tensors.values()})[:3])
+        raise ValueError(f"{files}: missing tensors: {', '.join(missing[:5])}")
+
+
+def check_scales(model, tensors):
+    """ValueError for a packed layer whose scales, now loaded, are not finite."""
+    for name, module in model.named_modules():
+        if isinstance(module, AWQLinear) and not module.scales.is_meta \
+                and not module.scales.isfinite().all():
+            raise ValueError(f"{tensors[name + '.scales'][2]}: tensor {name}.scales contains NaN "
+                             "or Inf")
 
 
 def register():
@@ -1494,14 +1601,22 @@ def register():
     class AwqConfig(QuantizationConfigMixin):
         def __init__(self, **config):
             check_checkpoint_config(config)
-            self.__dict__.update(checkpoint_config(config["bits"], config["group_size"],
-                                                   config.get("modules_to_not_convert") or []))
+            self.__dict__.update(checkpoint_config(config["bits"], config["group_size"], []))
 
     class AwqQuantizer(HfQuantizer):
         requires_calibration = True
 
         def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-            prepare_packed_layers(model, self.quantization_config.to_dict(), checkpoint_files)
+            config = self.quantization_config
+            self.tensors = prepare_packed_layers(model, config.bits, config.group_size,
+                                                 checkpoint_files)
+            # in full paths, whatever the checkpoint said: what a later save_pretrained writes
+            config.modules_to_not_convert = sorted(
+                name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+            return model
+
+        def _process_model_after_weight_loading(self, model, **kwargs):
+            check_scales(model, self.tensors)
             return model
 
         def is_serializable(self, *args, **kwargs):
@@ -1523,11 +1638,13 @@ def check_target(folder):
         raise ValueError(f"folder {folder} is {what}: it must not exist or be empty")
 
 
-def save_quantized(model, folder, tokenizer=None, shard_size="5GB"):
+def save_quantized(model, folder, tokenizer=None, shard_size="5GB", calibration=None,
+                   perplexity=None):
     """Write the quantised model (and tokenizer) to folder, config and safetensors, or nothing.
 
-    Everything is written to `.NAME.partial` beside the folder, which is then renamed. ValueError if
-    the folder is a file or not empty, or if the model is not quantised.
+    calibration, perplexity: text for the model card (README.md), for instance "pileval, 128 x 512
+    tokens". Everything is written to `.NAME.partial` beside the folder, which is then renamed.
+    ValueError if the folder is a file or not empty, or if the model is not quantised.
     """
     folder = Path(folder).resolve()
     check_target(folder)
@@ -1542,14 +1659,42 @@ def save_quantized(model, folder, tokenizer=None, shard_size="5GB"):
                          "by 1/s, for which the checkpoint format has no place")
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         model.save_pretrained(partial, max_shard_size=shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        card = model_card(model, folder.name, calibration, perplexity)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def model_card(model, name, calibration=None, perplexity=None):
+    """The README.md of a checkpoint: what was quantised, how, and how to load it."""
+    config = model.config.quantization_config
+    config = config if isinstance(config, dict) else config.to_dict()
+    bits, base = config["bits"], model.config.name_or_path or "unknown"
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- awq",
+             f"- {bits}-bit"]
+    if on_hub:      # a local folder is nothing that a hub page could link to
+        front += [f"base_model: {json.dumps(base)}", "base_model_relation: quantized"]
+    facts = {"base model": base if on_hub else Path(base).name,
+             "bits": f"{bits}, asymmetric, group size {config['group_size']}",
+             "full precision": ", ".join(config["modules_to_not_convert"]) or "no Linear",
+             "calibration": calibration or "not recorded",
+             "perplexity": perplexity or "not measured"}
+    lines = ["---", *front, "---", f"# {name}", "", "Quantised with AWQ (arXiv 2306.00978).", ""]
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
+    lines += ["", "In transformers, with the awq.py and kernel.py that wrote this checkpoint:", "",
+              "```python", "import awq", "from transformers import AutoModelForCausalLM", "",
+              "awq.register()", f'model = AutoModelForCausalLM.from_pretrained("{name}", '
+              'dtype="auto")', "```", ""]
+    lines += (["In vLLM:", "", "```", f"vllm serve {name} --dtype float16", "```"] if bits == 4 else
+              [f"The AWQ format has no {bits}-bit layout: vLLM and others cannot read this."])
+    return "\n".join(lines) + "\n"
 
 
 def load_quantized(folder, **kwargs):
@@ -1560,23 +1705,35 @@ def load_quantized(folder, **kwargs):
     """
     register()
     if Path(folder).is_dir():
-        config = read_json(Path(folder) / "config.json").get("quantization_config")
-        if not isinstance(config, dict):
-            raise ValueError(f"{folder}/config.json has no quantization_config: not quantised")
-        check_checkpoint_config(config)
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"folder {folder} has no *.safetensors: only those are read")
-        for file in files:
-            read_header(file)
-        for index in Path(folder).glob("*.safetensors.index.json"):
-            read_json(index)
+        check_folder(Path(folder, kwargs.get("subfolder") or ""))
+    kwargs.setdefault("use_safetensors", True)
     model, info = load_pretrained(folder, output_loading_info=True, **kwargs)
     for problem in ("missing", "mismatched", "unexpected"):
         keys = sorted(str(key) for key in info[f"{problem}_keys"] if "inv_freq" not in str(key))
         if keys:
             raise ValueError(f"checkpoint {folder} has {problem} tensors: {', '.join(keys[:5])}")
     return model
+
+
+def check_folder(folder):
+    """ValueError for damage that would stop transformers before register's own checks."""
+    config = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json has no quantization_config: not quantised")
+    check_checkpoint_config(config)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        also = f" (pickles are not: {', '.join(sorted(pickles))})" if pickles else ""
+        raise ValueError(f"folder {folder} has no *.safetensors: only those are read{also}")
+    for file in files:
+        read_header(file)
+    for path in folder.glob("*.safetensors.index.json"):
+        index = read_json(path)
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not isinstance(index.get("metadata"), dict) \
+                or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{path} must have metadata and a weight_map {{tensor: file}}")
 
 
 def read_json(path):
@@ -1593,7 +1750,7 @@ def read_json(path):
 def load_pretrained(name, **kwargs):
     """AutoModelForCausalLM.from_pretrained, in the stored dtype; OSError that names the model."""
     from transformers import AutoModelForCausalLM
-    kwargs.setdefault("dtype", "auto")
+    kwargs = {"dtype": "auto", "trust_remote_code": False, **kwargs}
     try:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except OSError as error:
@@ -1605,7 +1762,7 @@ def load_tokenizer(name, **kwargs):
     """AutoTokenizer.from_pretrained; OSError that names the model."""
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except OSError as error:
         raise OSError(f"model {str(name)!r} has no tokenizer that can be loaded") from error
 
@@ -1618,6 +1775,7 @@ class AutoAWQForCausalLM:
 
     def __init__(self, model, name, trust_remote_code=False):
         self.model, self.name, self.trust_remote_code = model, name, trust_remote_code
+        self.calibration = None     # for the model card
 
     @classmethod
     def from_pretrained(cls, name, trust_remote_code=False, **kwargs):
@@ -1654,18 +1812,22 @@ class AutoAWQForCausalLM:
             tokenizer = self.tokenizer
         length = sequence_length(self.model, max_calib_seq_len)
         tokens = calibration_tokens(calib_data, tokenizer, max_calib_samples, length, seed)
-        return quantize_model(self.model, tokens, settings["w_bit"], settings["q_group_size"],
-                              **options)
+        report = quantize_model(self.model, tokens, settings["w_bit"], settings["q_group_size"],
+                                **options)
+        source = Path(calib_data).name if isinstance(calib_data, (str, os.PathLike)) else "own text"
+        self.calibration = f"{source}, {len(tokens)} x {tokens.shape[1]} tokens, seed {seed}"
+        return report
 
     @property
     def tokenizer(self):
         return load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
 
-    def save_quantized(self, folder, tokenizer=None, safetensors=True, shard_size="5GB"):
+    def save_quantized(self, folder, tokenizer=None, safetensors=True, shard_size="5GB",
+                       perplexity=None):
         """See save_quantized; only safetensors are written."""
         if not safetensors:
             raise ValueError("safetensors is False: no other files are written")
-        save_quantized(self.model, folder, tokenizer, shard_size)
+        save_quantized(self.model, folder, tokenizer, shard_size, self.calibration, perplexity)
 
     def generate(self, *args, **kwargs):
         with torch.inference_mode():
