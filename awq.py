@@ -1270,7 +1270,7 @@ class AWQLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device)
                              if bias else None)
         self.register_buffer("input_scale", None)       # 1/s, where no other layer divides by s
-        self.repacked, self.prepared_for = None, None   # the kernel's layout: see prepare
+        self.repacked, self.prepared = None, False      # the kernel's layout: see prepare
 
     @classmethod
     def from_weight(cls, W, bias, bits, group_size, shrink=None):
@@ -1302,18 +1302,22 @@ class AWQLinear(nn.Module):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), bias)
         # A compiled graph must not rearrange buffers: it takes the layout that is there.
-        if x.is_cuda and self.prepared_for != x.dtype and not torch.compiler.is_compiling():
-            self.prepare(x.dtype)
-        return kernel.awq_linear(x, self.qweight, self.qzeros, self.scales, self.bias,
-                                 group_size=self.group_size, repacked=self.repacked)
+        if not self.prepared and not torch.compiler.is_compiling():
+            self.prepare()
+        weight = self.qweight if self.repacked is None else self.repacked
+        return kernel.awq_linear(x, weight, self.qzeros, self.scales, self.bias,
+                                 group_size=self.group_size)
 
-    def prepare(self, dtype):
-        """Rearrange the weight for inputs of this dtype; qweight's own memory is given up."""
-        self.qweight, self.repacked, self.prepared_for = self.checkpoint_qweight(), None, dtype
-        self.repacked = kernel.prepare(self.qweight, self.qzeros, self.scales, self.group_size,
-                                       dtype)
-        if self.repacked is not None:
-            self.qweight = None
+    def prepare(self):
+        """Rearrange the weight for its device's kernel; qweight's own memory is given up."""
+        self.restore()
+        self.repacked = kernel.prepare(self.qweight, self.qzeros, self.scales, self.group_size)
+        self.qweight = self.qweight if self.repacked is None else None
+        self.prepared = True
+
+    def restore(self):
+        """The inverse of prepare."""
+        self.qweight, self.repacked, self.prepared = self.checkpoint_qweight(), None, False
 
     def checkpoint_qweight(self):
         """qweight as the checkpoint has it, bit for bit, whether rearranged or not."""
@@ -1325,10 +1329,14 @@ class AWQLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "qweight"] = self.checkpoint_qweight()
 
+    def _load_from_state_dict(self, *arguments):
+        self.restore()
+        super()._load_from_state_dict(*arguments)
+
     def _apply(self, function, recurse=True):
         """Moves with the module, but .to(dtype) leaves the scales float16: they are exact there."""
         scales = self.scales
-        self.qweight, self.repacked, self.prepared_for = self.checkpoint_qweight(), None, None
+        self.restore()
         super()._apply(function, recurse)
         self.scales = scales.to(self.qweight.device)
         return self

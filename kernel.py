@@ -24,11 +24,22 @@ are not staged in shared memory, which should pay from 16 tokens up.
 No speed is claimed: on a GPU, `python kernel.py` measures it.
 """
 
+import argparse
+import ctypes
+import datetime
 import functools
+import hashlib
+import json
+import math
+import os
+import platform
 import shutil
 import subprocess
+import tempfile
+import time
 import warnings
-from typing import NamedTuple, Optional
+from pathlib import Path
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +51,9 @@ COLUMN_AT = [ORDER.index(j) for j in range(8)]  # column j lies in nibble COLUMN
 # Up to this many tokens the fused kernel, beyond it dequantise + cuBLAS.
 # Not measured yet: an estimate; `python kernel.py` prints both sides.
 FUSED_MAX_TOKENS = 128
-# On a CPU, up to this many tokens `grouped`, beyond it dequantise once and multiply: with one core
-# of an EPYC the two cross between 256 and 2048 tokens.
-GROUPED_MAX_TOKENS = 256
+# On a CPU, up to this many tokens the C++ kernel, then `grouped`, then dequantise once and multiply.
+# With one core of an EPYC (AVX2) they cross at about 64 and between 256 and 2048 tokens.
+CPU_MAX_TOKENS, GROUPED_MAX_TOKENS = 32, 256
 
 
 # --- packing: all on bytes, little-endian as every machine torch runs on ------------------------
@@ -108,44 +119,21 @@ def unrepack(words, N, K):
     return pack(q[:N, :K].T)
 
 
-# --- the CPU: torch's own int4 operator for bfloat16, one group at a time for the rest ----------
-def cpu_pack(qweight, qzeros, scales, group_size):
-    """-> torch's int4 weight [N, K/2] uint8 and its table [K/g, N, 2] bfloat16, or None
-
-    The operator computes (q - 8) * scale + shift, both bfloat16: shift = (8 - z) * scale. Its
-    groups g are 32..256 inputs; one of ours may span several of them.
-    """
-    g = next((g for g in (256, 128, 64, 32) if group_size % g == 0), None)
-    if g is None or scales.shape[1] % 16 or not hasattr(
-            torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
-        return None
-    q = unpack(qweight).T.int().contiguous()
-    scale = scales.bfloat16()
-    shift = (8 - unpack(qzeros).float()) * scale.float()
-    table = torch.stack([scale, shift.bfloat16()], -1).repeat_interleave(group_size // g, 0)
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), table
+# --- the weight, laid out for a CPU ---------------------------------------------------------------
+SIMD = torch.backends.cpu.get_cpu_capability()
+SIMD_FLAGS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mfma"]}.get(SIMD, [])
+LANES = 16 if SIMD == "AVX512" else 8  # 32-bit numbers of a vector register
 
 
-def cpu_unpack(packed):
-    """The inverse of cpu_pack: [N, K/2] uint8 -> qweight [K, N/8]
+def cpu_repack(qweight, lanes=LANES):
+    """qweight [K, N/8] -> [ceil(N/8/lanes), K, lanes]: a block of columns in one run of memory"""
+    words = F.pad(qweight, (0, -qweight.shape[1] % lanes))
+    return words.unflatten(1, (-1, lanes)).transpose(0, 1).contiguous()
 
-    torch has no such operator, and its layout depends on the CPU: blocks of 64 (AVX-512) or 32
-    rows, input after input, each byte two rows: i and i + half a block, or 2i and 2i + 1 in a
-    last, incomplete block. So each guess is packed again: the one that gives the same bytes is it.
-    """
-    N, K = packed.shape[0], 2 * packed.shape[1]
-    for block, by_halves in ((64, True), (32, True), (64, False), (32, False)):
-        q = []
-        for bytes_ in packed.flatten().split(block * K // 2):
-            bytes_ = bytes_.view(K, -1)
-            halves = by_halves and 2 * bytes_.shape[1] == block
-            pair = [bytes_ & 15, bytes_ >> 4]
-            q.append(torch.cat(pair, 1) if halves else torch.stack(pair, -1).flatten(1))
-        q = torch.cat(q, 1)  # [K, N]
-        again = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.T.int().contiguous(), 1)
-        if torch.equal(again, packed):
-            return pack(q)
-    raise RuntimeError(f"cannot read torch {torch.__version__}'s CPU int4 layout, [{N}, {K // 2}]")
+
+def cpu_unrepack(words, N):
+    """The inverse of cpu_repack: -> qweight [K, N/8]"""
+    return words.transpose(0, 1).flatten(1)[:, : N // 8].contiguous()
 
 
 def grouped(x, qweight, qzeros, scales, bias, group_size):
@@ -167,6 +155,109 @@ def grouped(x, qweight, qzeros, scales, bias, group_size):
             product = torch.cat([x_g @ (q_g & 15).float(), x_g @ (q_g >> 4).float()], 1)
             y += scale[group] * (product - zero[group] * x_g.sum(1, keepdim=True))
     y = torch.empty_like(y).index_copy_(1, columns, y)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+# --- C++ for the CPU: few tokens, any CPU with a C++ compiler -------------------------------------
+# grouped()'s sum. gcc and clang turn arithmetic on `Words` and `Floats` into the CPU's vector
+# instructions: here and, convert, multiply-add for every eight (AVX-512: sixteen) weights.
+CPU = r"""
+#include <cstdint>
+#include <cstring>
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+
+// float16 -> float: sign and the rest to their places, the exponent's bias from 15 to 127.
+static inline float from_half(uint32_t h) {
+  const uint32_t bits = (h & 0x8000) << 16 | (h & 0x7fff) << 13;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f * 0x1p112f;
+}
+
+// y[0] .. of one token and one block: `columns` outputs, 8 LANES or what is left of N.
+static void block(const float* x, const float* totals, const Words* words, const uint32_t* qzeros,
+                  const uint16_t* scales, float* y, long columns, long N, long K, long G) {
+  static const int ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // column of nibble i
+  Floats sum[8] = {};                                    // of nibble i of every word
+  float scale[8 * LANES] = {};
+  for (long group = 0; group < K / G; group++, x += G, words += G) {
+    // 1. dot[i] = sum of x 16^i q over the group: nibble i stays where it is in its word. Being
+    //    a power of two, 16^i rounds nothing. The uppermost would be a sign, so it is moved down.
+    Floats dot[8] = {};
+    for (long k = 0; k < G; k++) {
+#pragma GCC unroll 7
+      for (int i = 0; i < 7; i++)
+        dot[i] += __builtin_convertvector((Integers)(words[k] & 15u << 4 * i), Floats) * x[k];
+      dot[7] += __builtin_convertvector((Integers)(words[k] >> 28), Floats) * x[k];
+    }
+    // 2. sum += scale (dot / 16^i - z total)
+    Words zeros = {};
+    memcpy(&zeros, qzeros + group * (N / 8), columns / 2);
+    for (long n = 0; n < columns; n++) scale[n] = from_half(scales[group * N + n]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      const float unit = i < 7 ? 1.f / (1u << 4 * i) : 1.f;
+      const Floats zero = __builtin_convertvector((Integers)(zeros >> 4 * i & 15), Floats);
+      Floats by_nibble = {};
+      for (int lane = 0; lane < LANES; lane++) by_nibble[lane] = scale[8 * lane + ORDER[i]];
+      sum[i] += by_nibble * (dot[i] * unit - zero * totals[group]);
+    }
+  }
+  for (long n = 0; n < columns; n++) y[n] = sum[n % 8 / 2 + n % 2 * 4][n / 8];
+}
+
+extern "C" void awq_cpu(const float* x,          // [M, K]
+                        const float* totals,     // [M, K/G], the sum of x over each group
+                        const uint32_t* words,   // [ceil(N/8/LANES), K, LANES], see cpu_repack()
+                        const uint32_t* qzeros,  // [K/G, N/8]
+                        const uint16_t* scales,  // [K/G, N] float16
+                        float* y,                // [M, N]
+                        long M, long N, long K, long G, int threads) {
+  const long blocks = (N / 8 + LANES - 1) / LANES;
+#pragma omp parallel for num_threads(threads)
+  for (long b = 0; b < blocks; b++)
+    for (long m = 0; m < M; m++) {  // a block's words stay in the cache for the next token
+      const long n = 8 * LANES * b, columns = N - n < 8 * LANES ? N - n : 8 * LANES;
+      block(x + m * K, totals + m * (K / G), (const Words*)words + b * K, qzeros + n / 8,
+            scales + n, y + m * N + n, columns, N, K, G);
+    }
+}
+"""
+
+
+@functools.cache
+def cpu_library():
+    """The C++ above, compiled on first use and kept on disk; None, with a warning, if that fails"""
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC",
+               f"-DLANES={LANES}", *SIMD_FLAGS, "-x", "c++", "-"]
+    name = hashlib.sha256(repr((command, platform.platform(), CPU)).encode()).hexdigest()[:16]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+    path = Path(root).expanduser() / f"awq_cpu_{name}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                built = Path(folder) / path.name
+                subprocess.run([*command, "-o", str(built)], input=CPU, text=True, check=True,
+                               capture_output=True)
+                built.replace(path)  # in one step: another process sees all of it or nothing
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as reason:
+        warnings.warn("AWQ's CPU kernel cannot be built, using the slower PyTorch code: "
+                      f"{reason} {getattr(reason, 'stderr', '')}")
+        return None
+
+
+def cpu_linear(x, words, qzeros, scales, bias, group_size):
+    """The C++ kernel on words of cpu_repack, in float32: x [M, K] -> [M, N]"""
+    (M, K), N = x.shape, scales.shape[1]
+    x32, y = x.float().contiguous(), torch.empty(M, N)
+    totals = x32.view(M, -1, group_size).sum(2)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x32, totals, words, qzeros, scales, y)]
+    cpu_library().awq_cpu(*pointers, *map(ctypes.c_long, (M, N, K, group_size)),
+                          torch.get_num_threads())
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -661,64 +752,60 @@ def extension(capability):
 
 
 # --- the operator -------------------------------------------------------------------------------
-class Repacked(NamedTuple):
-    """A weight in the layout its device likes; it holds what qweight held, so qweight may go."""
-    words: Tensor  # CUDA: int32 [ceil(N/16), ceil(K/64), 32, 4]; CPU: uint8 [N, K/2]
-    table: Optional[Tensor]  # CPU: bfloat16 [K/g, N, 2]; CUDA: None
+METHODS = ("auto", "reference", "grouped", "cpu", "teaching", "fused", "dequantise")
 
 
-METHODS = ("auto", "reference", "teaching", "fused", "dequantise")
+def prepare(qweight, qzeros, scales, group_size):
+    """The same words rearranged for qweight's device, or None where nothing can read that layout
 
-
-def prepare(qweight, qzeros, scales, group_size, dtype):
-    """The weight rearranged for activations of `dtype` on qweight's device, or None
-
-    None where the checkpoint's own tensors serve: float32, float16 on a CPU, groups that are no
-    multiple of 8 (CUDA) or 32 (CPU), no compiler. It builds the CUDA code: call it, or the layer
-    once, before capturing a CUDA graph.
+    On a CPU [ceil(N/8/LANES), K, LANES], on CUDA [ceil(N/16), ceil(K/64), 32, 4] int32. It builds
+    the device's code: call it, or the layer once, before capturing a CUDA graph.
     """
     _check_packed(qweight, qzeros, scales, group_size)
-    if qweight.device.type == "cpu" and dtype == torch.bfloat16:
-        packed = cpu_pack(qweight, qzeros, scales, group_size)
-        return packed and Repacked(*packed)
-    if qweight.is_cuda and dtype in (torch.float16, torch.bfloat16) and group_size % 8 == 0:
-        if extension(torch.cuda.get_device_capability(qweight.device)):
-            return Repacked(repack(qweight), None)
+    if qweight.is_cuda and group_size % 8 == 0 and extension(
+            torch.cuda.get_device_capability(qweight.device)):
+        return repack(qweight)
+    if qweight.device.type == "cpu" and cpu_library():
+        return cpu_repack(qweight)
     return None
 
 
-def restore(repacked, N, K):
-    """qweight [K, N/8] from what prepare returned: the same bits"""
-    words = repacked.words
-    return cpu_unpack(words) if words.dtype == torch.uint8 else unrepack(words, N, K)
+def restore(weight, N, K):
+    """qweight [K, N/8] from any of the three layouts: the same bits"""
+    if weight.dim() == 2:
+        return weight
+    return cpu_unrepack(weight, N) if weight.dim() == 3 else unrepack(weight, N, K)
 
 
-# weight: qweight or Repacked.words, told apart by shape. Opaque to torch.compile: no graph break.
-@torch.library.custom_op("awq_reference::linear", mutates_args=())
-def linear_op(x: Tensor, weight: Tensor, table: Optional[Tensor], qzeros: Tensor, scales: Tensor,
-              bias: Optional[Tensor], group_size: int, method: str) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, qzeros: Tensor, scales: Tensor, bias: Optional[Tensor],
+            group_size: int, method: str) -> Tensor:
     """x [M, K] -> [M, N]; arguments already checked by awq_linear"""
     (M, K), N = x.shape, scales.shape[1]
     if M == 0 or N == 0:
         return x.new_empty(M, N)
     x, qzeros, scales = x.contiguous(), qzeros.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if x.is_cuda and method != "reference":
+    if x.is_cuda and method not in ("reference", "grouped"):
         y = _cuda(x, weight, qzeros, scales, bias, group_size, method)
         if y is not None:
             return y
-    elif weight.dtype == torch.uint8 and x.dtype == torch.bfloat16 and method == "auto":
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, K // table.shape[0], table)
-        return y if bias is None else y + bias
-    qweight = weight if weight.shape == (K, N // 8) and weight.dtype == torch.int32 else restore(
-        Repacked(weight, table), N, K)
-    few = method == "auto" and not x.is_cuda and M <= GROUPED_MAX_TOKENS
-    plain = grouped if few else reference
-    return plain(x, qweight, qzeros, scales, bias, group_size)
+    if method == "auto":
+        method = ("reference" if x.is_cuda or M > GROUPED_MAX_TOKENS else
+                  "cpu" if M <= CPU_MAX_TOKENS and cpu_library() else "grouped")
+    if method == "cpu":
+        if weight.dim() != 3 or weight.shape[2] != LANES:
+            weight = cpu_repack(restore(weight, N, K))
+        return cpu_linear(x, weight.contiguous(), qzeros, scales, bias, group_size)
+    plain = grouped if method == "grouped" else reference
+    return plain(x, restore(weight, N, K), qzeros, scales, bias, group_size)
+
+
+# Opaque to torch.compile: no graph break. It has no gradient, and says so when one is asked for.
+linear_op = torch.library.custom_op("awq_reference::linear", _linear, mutates_args=())
 
 
 @linear_op.register_fake
-def _(x, weight, table, qzeros, scales, bias, group_size, method):
+def _(x, weight, qzeros, scales, bias, group_size, method):
     return x.new_empty(x.shape[0], scales.shape[1])
 
 
@@ -748,7 +835,7 @@ def _cuda(x, weight, qzeros, scales, bias, G, method):
         return F.linear(x, w_hat, bias)
     y = x.new_empty(M, N)
     if method == "teaching":
-        qweight = unrepack(weight, N, K) if repacked else weight.contiguous()
+        qweight = restore(weight, N, K).contiguous()
         built.teaching(x, qweight, qzeros, scales, bias, y, G)
         return y
     x = x if x.data_ptr() % 16 == 0 else x.clone()  # a view at an odd offset: 16-byte loads need it
@@ -763,46 +850,49 @@ def _cuda(x, weight, qzeros, scales, bias, G, method):
     return y
 
 
-def _check_packed(qweight, qzeros, scales, group_size):
-    """The packed tensors belong together; returns (N, K). qweight may be None."""
+def _check_packed(weight, qzeros, scales, group_size):
+    """The packed tensors belong together; returns (N, K)"""
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size is {group_size!r}: it must be a positive integer "
                          "(pass in_features for one group a row)")
-    for name, tensor, dtype in (("qweight", qweight, torch.int32), ("qzeros", qzeros, torch.int32),
-                                ("scales", scales, torch.float16)):
-        if name == "qweight" and tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() != 2:
+    for name, tensor, dtype, dims in (
+            ("scales", scales, torch.float16, (2,)), ("qzeros", qzeros, torch.int32, (2,)),
+            ("weight", weight, torch.int32, (2, 3, 4))):
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() not in dims:
             got = (f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor)
                    else type(tensor).__name__)
-            raise ValueError(f"{name} is {got}: it must be a 2-D tensor of {dtype}")
+            raise ValueError(f"{name} is {got}: it must be a {dims[0]}-D tensor of {dtype}"
+                             + " or what prepare() made of it" * (name == "weight"))
         if tensor.device != scales.device:
             raise ValueError(f"{name} is on {tensor.device}: it must be on scales' {scales.device}")
     groups, N = scales.shape
     K = groups * group_size
     if N % 8:
         raise ValueError(f"scales is {list(scales.shape)}: N = {N} must be a multiple of 8")
+    lanes = weight.shape[-1]
+    shapes = {2: (K, N // 8), 3: (-(-N // 8 // max(lanes, 1)), K, lanes),
+              4: (-(-N // 16), -(-K // 64), 32, 4)}
     for name, tensor, shape in (("qzeros", qzeros, (groups, N // 8)),
-                                ("qweight", qweight, (K, N // 8))):
-        if tensor is not None and tensor.shape != shape:
+                                ("weight", weight, shapes[weight.dim()])):
+        if tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}: scales {list(scales.shape)} and "
                              f"group_size {group_size} make it {list(shape)}")
     return N, K
 
 
-def awq_linear(x, qweight, qzeros, scales, bias=None, *, group_size, repacked=None, method="auto"):
+def awq_linear(x, weight, qzeros, scales, bias=None, *, group_size, method="auto"):
     """y = x W_hat^T + bias
 
     x         [..., K]    float32, float16 or bfloat16; any strides
-    qweight   [K, N/8]    int32; None if repacked is given
+    weight    [K, N/8]    int32: the checkpoint's qweight; or what prepare() made of it
     qzeros    [K/G, N/8]  int32
     scales    [K/G, N]    float16
     bias      [N]         any floating dtype, or None
-    repacked  what prepare() returned for these tensors
-    method    "auto", or one of METHODS: "reference" anywhere, the others on CUDA
+    method    "auto", or one of METHODS: "reference" and "grouped" anywhere, "cpu" on the CPU,
+              the others on CUDA
     returns   [..., N]    in x's dtype
     """
-    N, K = _check_packed(qweight, qzeros, scales, group_size)
+    N, K = _check_packed(weight, qzeros, scales, group_size)
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"x is {getattr(x, 'dtype', type(x).__name__)}: it must be a tensor of "
                          "float32, float16 or bfloat16")
@@ -810,27 +900,22 @@ def awq_linear(x, qweight, qzeros, scales, bias=None, *, group_size, repacked=No
         raise ValueError(f"x is {list(x.shape)}: its last dimension must be K = {K}")
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: it must be one of {METHODS}")
-    if method not in ("auto", "reference") and not x.is_cuda:
-        raise ValueError(f"method is {method!r} and x is on {x.device}: it needs a CUDA tensor")
+    needs = {"cpu": "cpu", "teaching": "cuda", "fused": "cuda", "dequantise": "cuda"}.get(method)
+    if needs and x.device.type != needs:
+        raise ValueError(f"method is {method!r} and x is on {x.device}: it must be on {needs}")
     if bias is not None and (bias.shape != (N,) or not bias.is_floating_point()):
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}: it must be floating, [{N}]")
-    if qweight is None and repacked is None:
-        raise ValueError("qweight and repacked are both None: one of them must hold the weight")
-    weight, table = (qweight, None) if repacked is None else repacked
-    for name, tensor in (("scales", scales), ("bias", bias), ("repacked", weight)):
+    for name, tensor in (("scales", scales), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}: it must be on x's {x.device}")
-    if repacked is not None:
-        dtype, shape = ((torch.uint8, (N, K // 2)) if table is not None else
-                        (torch.int32, (-(-N // 16), -(-K // 64), 32, 4)))
-        if weight.shape != shape or weight.dtype != dtype:
-            raise ValueError(f"repacked is {weight.dtype} {list(weight.shape)}: N = {N}, K = {K} "
-                             f"make it {dtype} {list(shape)}")
-    y = linear_op(x.reshape(-1, K), weight, table, qzeros, scales, bias, group_size, method)
+    # An operator's dispatch costs a decoded token as much as a small matrix does.
+    plain = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    y = (_linear if plain else linear_op)(x.reshape(-1, K), weight, qzeros, scales, bias,
+                                          group_size, method)
     return y.view(*x.shape[:-1], N)
 
 
-# --- checks and benchmark: python kernel.py [--check] [--json FILE] -----------------------------
+# --- checks and benchmark: python kernel.py [--check] [--cpu] [--json FILE] ---------------------
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (8192, 8192), (8192, 28672))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 # ||y - exact|| / ||exact|| allowed: y's own rounding, and that of the weights where a method has it
@@ -844,10 +929,14 @@ def random_weight(N, K, G, device):
     return (*words, torch.empty(K // G, N, device=device).uniform_(1e-3, 5e-3).half())
 
 
-def relative_error(y, x, packed, G):
-    """||y - exact|| / ||exact||, exact in float64"""
-    q = unpack(packed[0]).double() - unpack(packed[1]).double().repeat_interleave(G, 0)
-    exact = x.double() @ (q * packed[2].double().repeat_interleave(G, 0))  # [K, N]
+def exact_product(x, qweight, qzeros, scales, G):
+    """x W_hat^T in float64"""
+    q = unpack(qweight).double() - unpack(qzeros).double().repeat_interleave(G, 0)  # [K, N]
+    return x.double() @ (q * scales.double().repeat_interleave(G, 0))
+
+
+def relative_error(y, exact):
+    """||y - exact|| / ||exact||"""
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
@@ -856,18 +945,22 @@ def check(device):
     cases, failures = 0, []
     for N, K, G in ((64, 512, 32), (72, 448, 64), (1024, 2048, 128), (40, 200, 200), (24, 72, 8)):
         packed = random_weight(N, K, G, device)
+        ready = prepare(*packed, G)
+        weight = packed[0] if ready is None else ready
         for dtype in ERROR_LIMIT:
-            ready = prepare(*packed, G, dtype)
-            methods = ["auto", "reference"]
-            if device.type == "cuda" and ready:
+            methods = ["auto", "reference", "grouped"]
+            if device.type == "cpu" and ready is not None:
+                methods += ["cpu"]
+            if device.type == "cuda" and ready is not None:
                 methods += ["teaching", "dequantise"]
                 sm_80 = torch.cuda.get_device_capability() >= (8, 0)
                 methods += ["fused"] * (G != 8 and (sm_80 or dtype == torch.float16))
             for M in (1, 7, 8, 9, 16, 17, 65, 200):
                 x = torch.randn(M, K, device=device).to(dtype)
+                exact = exact_product(x, *packed, G)
                 for method in methods:
-                    y = awq_linear(x, *packed, group_size=G, repacked=ready, method=method)
-                    error = relative_error(y, x, packed, G)
+                    y = awq_linear(x, weight, *packed[1:], group_size=G, method=method)
+                    error = relative_error(y, exact)
                     cases += 1
                     if not error <= ERROR_LIMIT[dtype]:  # so written that NaN fails too
                         failures.append(f"{method} {dtype} M={M} N={N} K={K} G={G}: {error:.1e}")
@@ -914,7 +1007,7 @@ def benchmark_shape(K, N, copy_rate, device, G=128):
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     weights = [random_weight(N, K, G, device) for _ in range(1 + max(1, 2 * l2 // size))]
     dense = [dequantise(*w, G, torch.float16).contiguous() for w in weights]
-    ready = [prepare(*w, G, torch.float16) for w in weights]
+    ready = [prepare(*w, G) for w in weights]
     tiny = [tinygemm_pack(*w) for w in weights]
     rows = []
     for M in TOKENS:
@@ -922,15 +1015,16 @@ def benchmark_shape(K, N, copy_rate, device, G=128):
         x16 = x.bfloat16()  # tinygemm has no float16
 
         def ours(method, i):
-            return awq_linear(x, *weights[i], group_size=G, method=method,
-                              repacked=None if method == "teaching" else ready[i])
+            weight = weights[i][0] if method == "teaching" else ready[i]
+            return awq_linear(x, weight, *weights[i][1:], group_size=G, method=method)
 
         run = {"cublas": lambda i: F.linear(x, dense[i]),
                "tinygemm": lambda i: torch._weight_int4pack_mm(x16, tiny[i][0], G, tiny[i][1])}
         for method in ("auto", "fused", "dequantise", "teaching"):
             if method != "teaching" or M <= 16:  # beyond, it takes longer than all the others
                 run[method] = functools.partial(ours, method)
-        error = {name: relative_error(f(0), x, weights[0], G) for name, f in run.items()}
+        exact = exact_product(x, *weights[0], G)
+        error = {name: relative_error(f(0), exact) for name, f in run.items()}
         wrong = {n: e for n, e in error.items()
                  if not e <= ERROR_LIMIT[torch.bfloat16 if n == "tinygemm" else torch.float16]}
         if wrong:
@@ -943,114 +1037,176 @@ def benchmark_shape(K, N, copy_rate, device, G=128):
     return rows
 
 
-def benchmark_model(device, steps=64, **config):
-    """Tokens a second of a LLaMA-7B-shaped random model, batch 1, float16 against packed
+def decoder(device, dtype, packed, positions, **config):
+    """A function that decodes one token, batch 1, with a random LLaMA: dense or of awq.AWQLinear
 
-    The packed model is made of awq.AWQLinear with random words: speed does not depend on them.
+    A static cache of `positions` and nothing that waits for the GPU, so a CUDA graph can hold it.
+    The packed words are random: speed does not depend on them.
     """
-    import time
-
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     from awq import AWQLinear
-    config = LlamaConfig(**{"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000,
-                            "num_hidden_layers": 32, "num_attention_heads": 32, **config})
-    config.dtype = torch.float16
-    report, cuda = {}, device.type == "cuda"
-    for name in ("float16", "packed"):
-        with torch.device(device):
-            model = LlamaForCausalLM(config).half().eval().requires_grad_(False)
-        for block in model.model.layers if name == "packed" else ():
+    config = LlamaConfig(**config, dtype=dtype)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        for block in model.model.layers if packed else ():
             for path, linear in list(block.named_modules()):
                 if isinstance(linear, torch.nn.Linear):
                     K, N = linear.in_features, linear.out_features
-                    with torch.device(device):
-                        layer = AWQLinear(K, N, bias=False, bits=4, group_size=128)
-                    for buffer, value in zip(("qweight", "qzeros", "scales"),
-                                             random_weight(N, K, 128, device), strict=True):
-                        getattr(layer, buffer).copy_(value)
+                    layer = AWQLinear(K, N, bits=4, group_size=128)
+                    layer.qweight, layer.qzeros, layer.scales = random_weight(N, K, 128, device)
                     block.set_submodule(path, layer)
-        token = torch.ones(1, 1, dtype=torch.long, device=device)
-        cache = StaticCache(config=config, max_cache_len=2 * steps)
+        token, position = (torch.ones(1, 1, dtype=torch.long) for _ in range(2))
+    cache = StaticCache(config=config, max_cache_len=positions)
 
-        @torch.no_grad()
-        def step():
-            logits = model(token, past_key_values=cache, use_cache=True).logits
-            token.copy_(logits[:, -1:].argmax(-1))
+    @torch.no_grad()
+    def step():
+        logits = model(token, position_ids=position, past_key_values=cache, use_cache=True).logits
+        token.copy_(logits[:, -1:].argmax(-1))
+        position.add_(1)
 
-        for _ in range(3):  # repacks, builds, warms up
-            step()
-        if cuda:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+    for _ in range(3):  # rearranges the weights, builds, warms up
+        step()
+    return step
+
+
+def benchmark_cpu(steps=32):
+    """Tokens a second on the CPU of a LLaMA of 453 M parameters, dense and packed, in each dtype
+
+    The two decode in turn, a token each, so that both meet the same machine: medians.
+    """
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        models = [decoder(torch.device("cpu"), dtype, packed, steps + 4, vocab_size=1024,
+                          hidden_size=1536, intermediate_size=4096, num_hidden_layers=16,
+                          num_attention_heads=16) for packed in (False, True)]
+        seconds = [[], []]
+        for _ in range(steps):
+            for step, times in zip(models, seconds, strict=True):
+                start = time.perf_counter()
                 step()
-            step = graph.replay
+                times.append(time.perf_counter() - start)
+        dense, packed = (1 / torch.tensor(times).median().item() for times in seconds)
+        rows.append({"dtype": str(dtype).removeprefix("torch."), "dense": dense, "packed": packed,
+                     "ratio": packed / dense})
+    return rows
+
+
+def benchmark_gpu_model(device, steps=64):
+    """Tokens a second of a LLaMA-7B-shaped model in one CUDA graph, batch 1: float16 and packed"""
+    report = {}
+    for name, packed in (("float16", False), ("packed", True)):
+        step = decoder(device, torch.float16, packed, 2 * steps, vocab_size=32000,
+                       hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                       num_attention_heads=32)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             step()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         for _ in range(steps):
-            step()
-        if cuda:
-            torch.cuda.synchronize()
-        report[name] = {"tokens/s": steps / (time.perf_counter() - start)}
-        if cuda:
-            report[name]["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
-        del model, cache, step
+            graph.replay()
+        torch.cuda.synchronize()
+        report[name] = {"tokens/s": steps / (time.perf_counter() - start),
+                        "peak_GB": torch.cuda.max_memory_allocated() / 1e9}
+        del step, graph
     return report
 
 
+def print_table(rows):
+    """[{column: text}] as Markdown, on stdout"""
+    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(row.values()) + " |", flush=True)
+    print()
+
+
+def gpu_tables(device, report, save):
+    """Time every shape, then the whole model; after each, save() what there is"""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_us = graph_times({"copy": [lambda: target.copy_(source)] * 20})["copy"][0]
+    report |= {"copy_TB/s": 2 * source.numel() / copy_us / 1e6, "rows": []}
+    del source, target
+    print(f"copy {report['copy_TB/s']:.2f} TB/s. Microseconds: median (10th-90th percentile). TB/s, "
+          "share of copy and ratio to cuBLAS are those of auto.\n")
+    names = ("cublas", "tinygemm", "auto", "fused", "dequantise", "teaching")
+    for K, N in SHAPES:
+        rows = benchmark_shape(K, N, report["copy_TB/s"], device)
+        print_table([{
+            "K x N": f"{K} x {N}", "M": str(row["M"]),
+            **{name: "{:.1f} ({:.1f}-{:.1f})".format(*row["us"][name]) if name in row["us"] else "-"
+               for name in names},
+            "TB/s": f"{row['TB/s']:.2f}", "of copy": f"{row['of_copy']:.0%}",
+            "ratio": f"{row['ratio']:.2f}",
+            "error / cublas": f"{row['error']['auto']:.1e} / {row['error']['cublas']:.1e}"}
+            for row in rows])
+        report["rows"] += rows
+        report["FUSED_MAX_TOKENS"] = crossover(report["rows"])
+        save()
+        torch.cuda.empty_cache()
+    print(f"fused is ahead of dequantise up to M = {report['FUSED_MAX_TOKENS']} (geometric mean over "
+          f"the shapes); this file's FUSED_MAX_TOKENS is {FUSED_MAX_TOKENS}\n")
+    report["model"] = benchmark_gpu_model(device)
+    print_table([{"7B-shaped model, batch 1": name, "tokens/s": f"{figures['tokens/s']:.1f}",
+                  "peak GB": f"{figures['peak_GB']:.1f}"}
+                 for name, figures in report["model"].items()])
+    save()
+
+
+def crossover(rows):
+    """The largest M up to which fused beats dequantise, in the geometric mean over the shapes"""
+    best = 0
+    for M in TOKENS:
+        times = [row["us"] for row in rows if row["M"] == M]
+        if sum(math.log(us["fused"][0] / us["dequantise"][0]) for us in times) > 0:
+            break
+        best = M
+    return best
+
+
 def main():
-    import argparse
-    import datetime
-    import json
-    import sys
-    parser = argparse.ArgumentParser(description="check and time the fused INT4 kernel")
+    parser = argparse.ArgumentParser(description="check and time the INT4 product")
     parser.add_argument("--check", action="store_true", help="only verify the results")
+    parser.add_argument("--cpu", action="store_true",
+                        help="on the CPU; unless --check, time a 453 M parameter model there")
     parser.add_argument("--json", metavar="FILE", help="write the same figures to FILE")
     options = parser.parse_args()
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not options.cpu
     device = torch.device("cuda" if cuda else "cpu")
-    report = {"date": datetime.date.today().isoformat(), "python": sys.version.split()[0],
+    report = {"date": datetime.date.today().isoformat(), "python": platform.python_version(),
               "torch": torch.__version__, "cuda": torch.version.cuda,
-              "gpu": torch.cuda.get_device_name() if cuda else None}
-    print(", ".join(f"{key} {value}" for key, value in report.items()))
+              "gpu": torch.cuda.get_device_name() if cuda else None,
+              "cpu": f"{SIMD}, {torch.get_num_threads()} threads"}
+
+    def save():
+        if options.json:
+            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+    print(", ".join(f"{key} {value}" for key, value in report.items()), "\n")
     if cuda and extension(torch.cuda.get_device_capability()) is None:
         raise SystemExit("the CUDA code was not built (see the warning): nothing to check or time")
     cases, failures = check(device)
-    report |= {"cases": cases, "failures": failures, "rows": [], "model": None}
+    report |= {"cases": cases, "failures": failures}
     print(f"checked {cases} cases against float64 on {device}: {len(failures)} failed", *failures,
-          sep="\n  ")
-    if not cuda:
-        print("No GPU here: the CPU path was verified, nothing was timed.")
-    elif not failures and not options.check:
-        source = torch.empty(2**30, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        copy_us = graph_times({"copy": [lambda: target.copy_(source)] * 20})["copy"][0]
-        copy_rate = report["copy_TB/s"] = 2 * source.numel() / copy_us / 1e6
-        del source, target
-        print(f"copy {copy_rate:.2f} TB/s. Microseconds: median (10th-90th percentile). TB/s, "
-              "share of copy and ratio to cuBLAS are those of auto.\n")
-        names = ("cublas", "tinygemm", "auto", "fused", "dequantise", "teaching")
-        print("| K x N | M |", " | ".join(names), "| TB/s | of copy | ratio | error / cublas |")
-        print("|---" * (len(names) + 6) + "|")
-        for K, N in SHAPES:
-            for row in benchmark_shape(K, N, copy_rate, device):
-                cells = ["{:.1f} ({:.1f}-{:.1f})".format(*row["us"][name]) if name in row["us"]
-                         else "-" for name in names]
-                error = f"{row['error']['auto']:.1e} / {row['error']['cublas']:.1e}"
-                print(f"| {K} x {N} | {row['M']} |", " | ".join(cells), f"| {row['TB/s']:.2f} | "
-                      f"{row['of_copy']:.0%} | {row['ratio']:.2f} | {error} |", flush=True)
-                report["rows"].append(row)
-            torch.cuda.empty_cache()
-        report["model"] = benchmark_model(device)
-        for name, figures in report["model"].items():
-            print(f"7B-shaped model, batch 1, {name}:", figures)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
-    return 1 if failures else 0
+          sep="\n  ", end="\n\n")
+    save()
+    if failures or options.check:
+        return bool(failures)
+    if cuda:
+        gpu_tables(device, report, save)
+    elif options.cpu:
+        report["cpu_model"] = benchmark_cpu()
+        print_table([{"tokens/s, batch 1": row["dtype"], "dense": f"{row['dense']:.2f}",
+                      "packed": f"{row['packed']:.2f}", "ratio": f"{row['ratio']:.2f}"}
+                     for row in report["cpu_model"]])
+    else:
+        print("No GPU here: the CPU path was verified, nothing was timed (--cpu times the CPU).")
+    save()
+    return 0
 
 
 if __name__ == "__main__":
