@@ -46,6 +46,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -789,7 +790,8 @@ def collect_statistics(block, groups, call, states):
 
 
 @torch.no_grad()
-def quantize_group(block, path, group, statistics, call, bits, group_size, scale, clip, refine):
+def quantize_group(block, path, group, statistics, call, bits, group_size, scale, clip, refine,
+                   rounding=None):
     """Search s for the layers of a group, fold it and pack them; returns their line of the report.
 
     path: the block's name in the model.
@@ -809,21 +811,26 @@ def quantize_group(block, path, group, statistics, call, bits, group_size, scale
         apply_fold(block, group, call, found.s)
     else:
         fold, found = None, search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
-    pack_group(block, group, W * found.s, found.shrink, bits, G)
+    if rounding:
+        rounding = partial(rounding, C=C / (found.s[:, None] * found.s))    # the Gram of X / s
+    pack_group(block, group, W * found.s, found.shrink, bits, G, rounding or quantize)
+    if rounding:
+        W_hat = torch.cat([block.get_submodule(name).weight for name in group.layers])
+        found = found._replace(loss=gram_loss(W_hat / found.s - W, C).item())
     return {"layers": [f"{path}.{name}" for name in group.layers],
             "folded_into": fold and f"{path}.{fold.producer}", "fold": fold and fold.kind,
             "alpha": found.alpha, "loss_rtn": found.loss_rtn, "loss": found.loss,
             "curve": found.curve}
 
 
-def pack_group(block, group, W, shrink, bits, group_size):
+def pack_group(block, group, W, shrink, bits, group_size, rounding=quantize):
     """Replace the group's layers by AWQLinear of their rows of the stacked W [N, K]."""
     start = 0
     for name in group.layers:
         layer = block.get_submodule(name)
         rows = slice(start, start + layer.out_features)
         part = None if shrink is None else shrink[:, rows]
-        packed = AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part)
+        packed = AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part, rounding)
         block.set_submodule(name, packed)
         start = rows.stop
 
@@ -856,7 +863,7 @@ def apply_fold(block, group, call, s):
 
 @torch.no_grad()
 def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None, scale=True,
-                   device=None, batch_size=8, progress=True):
+                   device=None, batch_size=8, progress=True, rounding=None):
     """Replace the Linears of a transformers causal LM's blocks by AWQLinear, in place.
 
     model: a decoder-only AutoModelForCausalLM, float32, float16 or bfloat16, in CPU or CUDA memory.
@@ -865,6 +872,7 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     refine: None, "grid" or "gradient", a search over single channels from the grid's answer.
     device: where a block is while it is worked on (default: CUDA if there is one).
     batch_size: at most so many samples run through a block at once.
+    rounding: instead of quantize, a function (W, bits, group_size, shrink, C=Gram) of its results.
 
     Returns the report, a dict of "bits", "group_size", "seconds", "skipped" ({layer: reason}) and
     "groups": a list of {"block", "layers", "folded_into", "fold", "alpha", "loss_rtn", "loss",
@@ -886,7 +894,7 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
             # which is then searched and packed as it will be stored.
             for group, entry in reversed(list(zip(plans[index], statistics))):
                 line = quantize_group(block, f"{prefix}.{index}", group, entry, few, bits,
-                                      group_size, scale, clip, refine)
+                                      group_size, scale, clip, refine, rounding)
                 lines.insert(0, {"block": index, **line})
             groups.extend(lines)
             bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
@@ -1019,11 +1027,11 @@ class AWQLinear(nn.Module):
         self.repacked, self.prepared_for = None, None   # the kernel's layout: see prepare
 
     @classmethod
-    def from_weight(cls, W, bias, bits, group_size, shrink=None):
-        """Quantise W [N, K] and pack it."""
+    def from_weight(cls, W, bias, bits, group_size, shrink=None, rounding=quantize):
+        """Quantise W [N, K] by rounding (see quantize) and pack it."""
         N, K = W.shape
         layer = cls(K, N, False, bits, group_size, device="meta")
-        q, delta, zero = quantize(W, bits, group_size, shrink)
+        q, delta, zero = rounding(W, bits, group_size, shrink)
         layer.qweight, layer.qzeros = pack(q.T.contiguous(), bits), pack(zero.T.contiguous(), bits)
         layer.scales = delta.T.contiguous()
         layer.bias = None if bias is None else bias.detach().clone()
