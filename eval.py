@@ -108,7 +108,7 @@ def input_statistics(model, tokens, names):
 def smooth(model, tokens, alpha=0.5):
     """SmoothQuant (arXiv 2211.10438): s = max|X|^alpha / max|W|^(1 - alpha), folded into norms.
 
-    AWQ's scaling the other way round: W diag(s), X diag(1/s) makes the *inputs* easy to round.
+    The same scaling as AWQ's, W diag(s) and X diag(1/s), to make the *inputs* easy to round.
     """
     plans, prefix, blocks, calls, _ = awq.plan_model(model, tokens, 8, -1)
     todo = [(i, group) for i, plan in enumerate(plans) for group in plan
@@ -122,7 +122,7 @@ def smooth(model, tokens, alpha=0.5):
 
 
 def quantize_tokens(X, bits=8):
-    """X [..., K] rounded to 2^bits - 1 symmetric steps, one step a token: max|x| / (2^(bits-1)-1)."""
+    """X [..., K] rounded to symmetric steps of max|x| / (2^(bits-1) - 1), one step a token."""
     top = 2 ** (bits - 1) - 1
     delta = X.abs().amax(-1, keepdim=True).clamp(min=1e-30) / top
     return (X / delta).round() * delta
@@ -287,7 +287,12 @@ def open_bench(args):
     length = awq.sequence_length(model, args.seq_len)
     windows = test_windows(args.data, tokenizer, window, args.windows)
     tokens = awq.calibration_tokens(args.calib, tokenizer, args.samples, length, args.seed)
+    blocks = len(awq.find_blocks(model)[1])
+    block = blocks // 2 if args.block is None else args.block
+    if not 0 <= block < blocks:
+        raise ValueError(f"--block is {block}: it must be in [0, {blocks - 1}]")
     setup = {"model": str(args.model), "parameters": sum(p.numel() for p in model.parameters()),
+             "block": block,
              "data": args.data, "windows": len(windows), "window": window,
              "bytes_per_token": bytes_per_token(windows, tokenizer), "calib": args.calib,
              "samples": len(tokens), "seq_len": tokens.shape[1], "seed": args.seed,
@@ -315,12 +320,12 @@ def measure(bench, name, bits=16, group_size=None, calib=None):
     args, method = bench.args, METHODS[name]
     if method.bits:
         bits, group_size = method.bits, -1
-    key = (name, bits, group_size, id(calib))
+    tokens = bench.tokens if calib is None else calib
+    key = (name, bits, group_size, tokens.numpy().tobytes())
     if key not in bench.known:
         model, _ = load_model(args.model, args.device)
         report = {"seconds": 0.0, "groups": []}
         if name != "fp":
-            tokens = bench.tokens if calib is None else calib
             report = quantize(model, method, bits, group_size, tokens, args.device)
         size, bits_per_weight = size_of(model)
         ppl = perplexity(model, bench.windows, args.device)
@@ -331,8 +336,8 @@ def measure(bench, name, bits=16, group_size=None, calib=None):
         print(f"{method.title}, {bits} bits: {ppl:.3f}", file=sys.stderr)
         if args.save and name != "fp":
             awq.save_quantized(model.cpu(), args.save, bench.tokenizer)
-        bench.known[key] = row, report, calib   # calib is kept: its id must stay its own
-    return bench.known[key][:2]
+        bench.known[key] = row, report
+    return bench.known[key]
 
 
 def measure_all(bench):
@@ -390,7 +395,8 @@ def table(rows):
                  "difference": f"{row['ppl'] - rows[0]['ppl']:+.3f}" if quantised else "",
                  "RTN's loss recovered": "" if share is None else f"{share:.0%}",
                  "seconds": f"{row['seconds']:.1f}" if quantised else ""}
-        return {**cells, **({"paper": row["published"]} if show_published else {})}
+        paper = f"{row['published']:.2f}" if row["published"] else ""
+        return {**cells, **({"paper": paper} if show_published else {})}
     show_published = any(row["published"] for row in rows)
     return markdown([line(row) for row in rows])
 
@@ -488,7 +494,7 @@ def study_salience(bench, seeds=5):
                          f"{share:.1%} by {what}")
 
     rows = [{"kept in full precision": "nothing (RTN)", "by s_X": rtn, "by weight norm": rtn,
-             "at random": rtn, "spread (std)": 0.0}]
+             "at random": rtn, "spread (std)": None}]
     for share in (0.001, 0.01, 0.03):
         draws = torch.tensor([kept(share, partial(random_score, seed=seed), f"seed {seed}")
                               for seed in range(seeds)])
@@ -518,8 +524,7 @@ def random_score(name, W, seed):
 
 def saliency_panel(bench, s_X):
     """Sorted s_X of the layers of the chosen block."""
-    block = block_of(bench.args, [int(number) for name in s_X
-                                  for number in re.findall(r"\.(\d+)\.", name)[:1]])
+    block = bench.setup["block"]
     curves = {name.split(f".{block}.", 1)[1]: s.sort(descending=True).values / s.mean()
               for name, s in s_X.items() if f".{block}." in name}
     distinct = {tuple(s.tolist()): name for name, s in reversed(curves.items())}
@@ -527,14 +532,6 @@ def saliency_panel(bench, s_X):
               for s, name in reversed(distinct.items())}
     return {"title": f"block {block}: channels by saliency", "x": "channels, % (sorted)",
             "y": "s_X / its mean", "series": series, "log": "xy", "vline": (1.0, "1 %")}
-
-
-def block_of(args, blocks):
-    """--block, or the middle one; ValueError if there is none."""
-    blocks = sorted(set(blocks))
-    if args.block is not None and args.block not in blocks:
-        raise ValueError(f"--block is {args.block}: it must be in [0, {blocks[-1]}]")
-    return blocks[len(blocks) // 2] if args.block is None else args.block
 
 
 def study_scale(bench):
@@ -576,7 +573,7 @@ def study_grid_of_alpha(bench):
     """Eq. 5: the loss over alpha, for every group of layers of a block."""
     bits, G = study_grid(bench)
     report = measure(bench, "awq", bits, G)[1]
-    block = block_of(bench.args, [line["block"] for line in report["groups"]])
+    block = bench.setup["block"]
     lines = [line for line in report["groups"] if line["block"] == block and line["loss_rtn"]]
     rows, panels, best = {}, [], []
     for line in lines:
@@ -647,9 +644,8 @@ def study_calibration(bench):
     other = awq.calibration_tokens(other_documents(args), bench.tokenizer, len(bench.tokens),
                                    bench.tokens.shape[1], args.seed)
     counts = sorted({min(n, len(bench.tokens)) for n in (1, 4, 16, 64, 128)})
-    trials = [(f"same source, {n} sequences", bench.tokens[:n]) for n in counts[:-1]]
-    trials += [(f"same source, {counts[-1]} sequences", None),
-               (f"other source, {counts[-1]} sequences", other)]
+    trials = [(f"same source, {n} sequences", bench.tokens[:n]) for n in counts]
+    trials.append((f"other source, {counts[-1]} sequences", other))
     rows = [{"calibration": label, "AWQ": measure(bench, "awq", bits, G, tokens)[0]["ppl"],
              "GPTQ": measure(bench, "gptq", bits, G, tokens)[0]["ppl"]} for label, tokens in trials]
     cost = {name: rows[-1][name] - rows[-2][name] for name in ("AWQ", "GPTQ")}
@@ -840,7 +836,7 @@ def bits_panel(rows):
 
 # ---- README --------------------------------------------------------------------------------------
 
-README_WINDOWS = 48             # test windows of the README's studies; its first table has all
+FEW = {"windows": 48, "samples": 64}    # of the README's studies, to keep its command quick
 PICTURED = ("rtn", "awq", "gptq", "awq-gptq")
 
 
@@ -893,15 +889,17 @@ def readme_blocks(bench):
             [("fp",), *((name, bits, G) for bits in (4, 3) for name in ("rtn", "awq"))]]
     blocks = {"eval": f"{describe(bench.setup)}; {time.time() - start:.0f} s\n\n{table(main)}",
               "published": published_table()}
-    few = spread(bench.windows, README_WINDOWS)
-    bench = bench._replace(windows=few, setup={**bench.setup, "windows": len(few)}, known={})
+    tokens, windows = bench.tokens, spread(bench.windows, FEW["windows"])
+    bench = bench._replace(windows=windows, tokens=tokens[:FEW["samples"]], known={})
+    bench.setup.update(windows=len(windows), samples=len(bench.tokens))
     wanted = [("fp",), *((name, bits, G) for name in METHODS if name != "fp"
                          for bits in ((8, 4, 3, 2) if name in PICTURED else (4, 3)))]
     rows = list({id(row): row for row in (measure(bench, *key)[0] for key in wanted)}.values())
     blocks["baselines"] = f"{describe(bench.setup)}\n\n{pivot(rows)}"
     blocks["gptq"], blocks["parts"] = gptq_sentence(bench), parts_sentence(bench)
     blocks["eight"] = eight_bit_sentence(bench)
-    studies = {name: study(bench) for name, study in STUDIES.items()}
+    studies = {name: study(bench._replace(tokens=tokens) if name == "calibration" else bench)
+               for name, study in STUDIES.items()}
     for name, study in studies.items():
         table_of_it = [] if name == "grid" else ["", markdown(study.rows)]
         blocks[name] = "\n".join([study.sentence, *table_of_it])
@@ -1031,10 +1029,10 @@ def check_options(args):
     if args.check and not args.readme:
         raise ValueError("--check without --readme: it compares the form of a README")
     if args.readme:
+        find_markers(args.readme, "eval")
         used = [f"--{name}" for name in ("study", "json", "plot", "save") if getattr(args, name)]
         if used:
             raise ValueError(f"--readme with {', '.join(used)}: it makes all studies and pictures")
-        find_markers(args.readme, "eval")
         if not args.check:
             check_plot("README.svg")
     for name, least in (("window", 2), ("windows", 1)):
