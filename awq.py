@@ -48,6 +48,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -957,7 +958,7 @@ def collect_statistics(block, groups, calls):
 
 @torch.no_grad()
 def quantize_group(block, path, group, statistics, call, bits, group_size, scale, clip, refine,
-                   input_scale=False, tokens=0):
+                   input_scale=False, tokens=0, rounding=None):
     """Search s for the layers of a group, fold it and pack them; returns their line of the report.
 
     path: the block's name in the model. tokens: of the calibration set; an expert to which fewer
@@ -992,7 +993,12 @@ def quantize_group(block, path, group, statistics, call, bits, group_size, scale
             apply_fold(block, group, call, found.s)
     else:
         found = search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
-    pack_group(block, group, W * found.s, found.shrink, bits, G)
+    if rounding:
+        rounding = partial(rounding, C=C / (found.s[:, None] * found.s))    # the Gram of X / s
+    pack_group(block, group, W * found.s, found.shrink, bits, G, rounding or quantize)
+    if rounding:
+        W_hat = torch.cat([block.get_submodule(name).weight for name in group.layers])
+        found = found._replace(loss=gram_loss(W_hat / found.s - W, C).item())
     if line["fold"] == "input":
         for name in group.layers:
             block.get_submodule(name).input_scale = (1 / found.s).to(dtype)
@@ -1000,14 +1006,14 @@ def quantize_group(block, path, group, statistics, call, bits, group_size, scale
             "curve": found.curve}
 
 
-def pack_group(block, group, W, shrink, bits, group_size):
+def pack_group(block, group, W, shrink, bits, group_size, rounding=quantize):
     """Replace the group's layers by AWQLinear of their rows of the stacked W [N, K]."""
     start = 0
     for name in group.layers:
         layer = block.get_submodule(name)
         rows = slice(start, start + layer.out_features)
         part = None if shrink is None else shrink[:, rows]
-        packed = AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part)
+        packed = AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part, rounding)
         block.set_submodule(name, packed)
         start = rows.stop
 
@@ -1040,7 +1046,7 @@ def apply_fold(block, group, call, s):
 
 @torch.no_grad()
 def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None, scale=True,
-                   device=None, batch_size=8, progress=True, input_scale=False):
+                   device=None, batch_size=8, progress=True, input_scale=False, rounding=None):
     """Replace the Linears of a transformers causal LM's blocks by AWQLinear, in place.
 
     model: a decoder-only AutoModelForCausalLM, float32, float16 or bfloat16, in CPU or CUDA memory.
@@ -1051,6 +1057,7 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     batch_size: at most so many samples run through a block at once.
     input_scale: layers whose 1/s can be folded nowhere multiply their input by it (a buffer that no
     other reader of AWQ checkpoints knows: save_quantized refuses it) instead of keeping s = 1.
+    rounding: instead of quantize, a function (W, bits, group_size, shrink, C=Gram) of its results.
 
     Returns the report, a dict of "bits", "group_size", "seconds", "skipped" ({layer: reason}) and
     "groups": a list of {"block", "layers", "folded_into", "fold", "reason" (why s = 1), "alpha",
@@ -1087,7 +1094,8 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
             # which is then searched and packed as it will be stored.
             for group, entry in reversed(list(zip(plans[index], statistics))):
                 line = quantize_group(block, f"{prefix}.{index}", group, entry, few, bits,
-                                      group_size, scale, clip, refine, input_scale, tokens.numel())
+                                      group_size, scale, clip, refine, input_scale, tokens.numel(),
+                                      rounding)
                 lines.insert(0, {"block": index, **line})
             groups.extend(lines)
             bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
@@ -1273,11 +1281,11 @@ class AWQLinear(nn.Module):
         self.repacked, self.prepared = None, False      # the kernel's layout: see prepare
 
     @classmethod
-    def from_weight(cls, W, bias, bits, group_size, shrink=None):
-        """Quantise W [N, K] and pack it."""
+    def from_weight(cls, W, bias, bits, group_size, shrink=None, rounding=quantize):
+        """Quantise W [N, K] by rounding (see quantize) and pack it."""
         N, K = W.shape
         layer = cls(K, N, False, bits, group_size, device="meta")
-        q, delta, zero = quantize(W, bits, group_size, shrink)
+        q, delta, zero = rounding(W, bits, group_size, shrink)
         layer.qweight, layer.qzeros = pack(q.T.contiguous(), bits), pack(zero.T.contiguous(), bits)
         layer.scales = delta.T.contiguous()
         layer.bias = None if bias is None else bias.detach().clone()

@@ -154,6 +154,15 @@ def test_saved_model_is_the_evaluated_one(tmp_path):
     (["--json", "nowhere/out.json"], "--json is nowhere/out.json"),
     (["--readme", "mine"], "no markers <!-- eval -->"),
     (["--window", "1"], "--window is 1"),
+    (["--windows", "0"], "--windows is 0"),
+    (["--study", "magic"], "--study is 'magic': it must be one of salience, scale, grid"),
+    (["--study", "memory", "--save", "q"], "a study saves no model"),
+    (["--study", "grid", "--block", "9"], "--block is 9"),
+    (["--methods", "smoothquant", "--bits", "8", "--save", "q"], "no quantised activations"),
+    (["--group-size", "128,x"], "--group-size is '128,x'"),
+    (["--plot", "out.gif"], "--plot is out.gif: it must end in .svg or .png"),
+    (["--plot", "nowhere/out.svg"], "its folder does not exist"),
+    (["--check"], "--check without --readme"),
 ])
 def test_bad_options_end_with_one_line_and_code_2(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -172,9 +181,11 @@ def test_published_numbers_stand_beside_their_rows():
     def paper(method, bits, **changes):
         options = {"model": "meta-llama/Llama-2-7b-hf", "data": "wikitext", "group_size": 128,
                    "window": 2048, **changes}
-        window = options.pop("window")
-        return evaluation.published(argparse.Namespace(**options), window, method, bits)
-    assert paper("awq", 3) == 6.24 and paper("fp", 16) == 5.47
+        window, group_size = options.pop("window"), options.pop("group_size")
+        args = argparse.Namespace(**options)
+        return evaluation.published(args, window, method, bits, group_size)
+    assert paper("awq", 3) == 6.24 and paper("fp", 16) == 5.47 and paper("gptq", 4) == 5.69
+    assert paper("kept", 3, model="facebook/opt-6.7b") == 11.39
     assert paper("rtn", 3, model="facebook/opt-6.7b") == 23.54
     assert paper("fp", 16, model="facebook/opt-6.7b", group_size=64) == 10.86
     for changes in ({"group_size": 64}, {"data": "a.txt"}, {"window": 512}, {"model": "tinylm"}):
@@ -195,17 +206,6 @@ def test_readme_table_is_one_that_eval_prints():
         [("full precision", 16), ("RTN", 4), ("AWQ", 4), ("RTN", 3), ("AWQ", 3)]]
 
 
-def test_chart_shows_the_curve_of_the_report(tokens):
-    report = awq.quantize_model(llama(), tokens, 3, 32, progress=False)
-    chart = evaluation.alpha_chart(report)
-    lines = [json.loads(line.strip()[5:]) for line in chart.splitlines() if "line [" in line]
-    line = next(g for g in report["groups"] if ", ".join(g["layers"]) + " over alpha" in chart)
-    assert [len(values) for values in lines] == [21, 21] and lines[0][0] == 1
-    for values, clipped in zip(lines, (False, True)):
-        expected = [loss / line["loss_rtn"] for _, c, loss in line["curve"] if c is clipped]
-        assert values == pytest.approx(expected, abs=6e-4)
-
-
 def test_write_between_markers_replaces_only_its_block(tmp_path):
     file = tmp_path / "README.md"
     rest = "\nb\n<!-- other -->\nkeep\n<!-- /other -->\n"
@@ -214,3 +214,298 @@ def test_write_between_markers_replaces_only_its_block(tmp_path):
     assert file.read_text() == "a\n<!-- eval -->\nnew | \\1\n<!-- /eval -->" + rest
     with pytest.raises(ValueError, match="no markers"):
         evaluation.write_between_markers(file, "missing", "x")
+
+
+# ---- The baselines -------------------------------------------------------------------------------
+
+
+def problem(seed=0, N=24, K=48):
+    """(W [N, K], C [K, K]) with correlated channels of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(400, K, generator=generator) @ torch.randn(K, K, generator=generator)
+    X = X * torch.exp2(torch.randn(K, generator=generator))
+    return torch.randn(N, K, generator=generator), X.T @ X / len(X)
+
+
+def gptq_loop(W, bits, G, C, act_order):
+    """GPTQ's equations, a column at a time, the inverse of what is left computed anew: float64."""
+    W, H = W.double().clone(), C.double().clone()
+    N, K = W.shape
+    H += 0.01 * H.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    order = sorted(range(K), key=lambda k: -C[k, k]) if act_order else list(range(K))
+    grid = awq.quantization_grid(W.float(), bits, G)
+    delta, zero = (x.double().clone() for x in grid)
+    q = torch.zeros(N, K)
+    for done, k in enumerate(order):
+        g = k // G
+        if k % G == 0 and not act_order:
+            now = awq.quantization_grid(W[:, k:k + G].float().contiguous(), bits, G)
+            delta[:, g], zero[:, g] = now[0][:, 0].double(), now[1][:, 0].double()
+        q[:, k] = ((W[:, k] / delta[:, g]).round() + zero[:, g]).clamp(0, 2 ** bits - 1)
+        error = W[:, k] - (q[:, k] - zero[:, g]) * delta[:, g]
+        rest = order[done:]
+        inverse = torch.linalg.inv(H[rest][:, rest])
+        W[:, rest] -= error[:, None] * inverse[0] / inverse[0, 0]
+    return q, delta, zero
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits, G", [(4, 16), (3, 8), (2, 48), (3, 24)])
+def test_gptq_equals_an_unblocked_loop_in_float64(bits, G, act_order):
+    W, C = problem()
+    q, delta, zero = evaluation.gptq(W, bits, G, C=C, act_order=act_order)
+    q_loop, delta_loop, zero_loop = gptq_loop(W, bits, G, C, act_order)
+    assert torch.equal(q.float(), q_loop)
+    assert torch.equal(delta.double(), delta_loop) and torch.equal(zero.double(), zero_loop)
+
+
+def test_gptq_updates_across_blocks_of_columns():
+    """More columns than one block of updates holds, a group longer than a block, odd groups."""
+    W, C = problem(seed=1, N=8, K=288)
+    for G, act_order in ((288, False), (96, False), (32, False), (288, True)):
+        q, delta, _ = evaluation.gptq(W, 4, G, C=C, act_order=act_order)
+        q_loop, delta_loop, _ = gptq_loop(W, 4, G, C, act_order)
+        assert (q.float() != q_loop).float().mean() < 0.01    # float32: a tie may fall otherwise
+        assert torch.allclose(delta.double(), delta_loop, rtol=1e-2)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("G", [8, 16, -1])
+def test_gptq_with_identity_hessian_is_rtn(G, act_order):
+    W, _ = problem()
+    shrink = torch.rand(2, 24, 1 if G == -1 else 48 // G) / 2 + 0.5
+    for given in (None, shrink):
+        found = evaluation.gptq(W, 3, G, given, C=torch.eye(48), act_order=act_order)
+        expected = awq.quantize(W, 3, G, given)
+        if act_order and given is not None:
+            continue        # static grids are those of W; see the next test
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_gptq_has_a_lower_loss_than_rtn_and_stands_dead_channels():
+    W, C = problem()
+    C[5], C[:, 5] = 0, 0
+    rounded = awq.gram_loss(awq.fake_quantize(W, 3, 16) - W, C)
+    for act_order in (False, True):
+        W_hat = awq.dequantize(*evaluation.gptq(W, 3, 16, C=C, act_order=act_order))
+        assert awq.gram_loss(W_hat - W, C) < 0.7 * rounded
+        assert (W_hat[:, 5] - W[:, 5]).abs().max() < 1      # a dead channel is still rounded
+
+
+def test_rounding_hook_gets_the_gram_of_the_scaled_input(tokens):
+    """(W s) (C / s s^T) (W s)^T = W C W^T, and the report's loss is that of what is stored."""
+    def spied(**options):
+        seen = []
+
+        def spy(W, bits, group_size, shrink=None, *, C):
+            seen.append(awq.gram_loss(W, C).item())
+            return awq.quantize(W, bits, group_size, shrink)
+        report = awq.quantize_model(llama(), tokens, 3, 32, progress=False, rounding=spy, **options)
+        return seen, report
+    plain, _ = spied(scale=False, clip=False)
+    scaled, report = spied()
+    assert scaled[0] == pytest.approx(plain[0], rel=1e-4)
+    expected = awq.quantize_model(llama(), tokens, 3, 32, progress=False)
+    for line, same in zip(report["groups"], expected["groups"], strict=True):
+        assert line["loss"] == pytest.approx(same["loss"], rel=1e-3)
+
+
+def test_smoothing_balances_and_leaves_the_output_unchanged(tokens):
+    """alpha = 0.5: max|X / s| = max|W s| in every channel; the function is the same."""
+    model = llama()
+    expected = model(tokens).logits
+    name = "model.layers.0.self_attn.q_proj"
+    before = evaluation.input_statistics(model, tokens, [name])[name][1]
+    evaluation.smooth(model, tokens)
+    peak = evaluation.input_statistics(model, tokens, [name])[name][1]
+    layers = [getattr(model.model.layers[0].self_attn, f"{x}_proj") for x in "qkv"]
+    largest = torch.cat([layer.weight for layer in layers]).abs().amax(0)
+    torch.testing.assert_close(peak, largest, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(peak, before, rtol=0.1)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_the_mean_and_the_peak(tokens):
+    model, seen = llama(), []
+    name = "model.layers.1.mlp.down_proj"
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    s_X, peak = evaluation.input_statistics(model, tokens.repeat(2, 1), [name])[name]
+    X = torch.cat(seen).flatten(0, 1).abs()
+    torch.testing.assert_close(s_X, X.mean(0))
+    assert torch.equal(peak, X.amax(0))
+
+
+def test_activations_are_rounded_a_token_at_a_time():
+    X = torch.randn(3, 5, 32) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    X[1, 2] = 0
+    rounded = evaluation.quantize_tokens(X)
+    for x, r in zip(X.flatten(0, 1), rounded.flatten(0, 1)):
+        delta = x.abs().max() / 127
+        assert (r - x).abs().max() <= delta / 2 * 1.001
+        steps = r / delta.clamp(min=1e-30)
+        assert torch.allclose(steps, steps.round(), atol=1e-3)
+        assert len(steps.round().unique()) <= 255
+
+
+def test_quantised_inputs_change_what_packed_layers_read(tokens):
+    model = llama()
+    awq.round_model(model, 8, -1)
+    expected = model(tokens).logits
+    evaluation.quantize_inputs(model, 8)
+    difference = (model(tokens).logits - expected).norm() / expected.norm()
+    assert 1e-4 < difference < 0.1
+
+
+# ---- The studies and the README ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Options that make eval.py quick: a random LLaMA of hidden size 64 with tinylm's tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = awq.load_tokenizer(ROOT / "tinylm")
+    llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"The value of item {i} is {i * 7 % 31}." for i in range(2000)))
+    return ["--model", str(folder / "model"), "--data", str(text), "--calib", str(text),
+            "--group-size", "32", "--window", "32", "--windows", "4", "--seq-len", "8",
+            "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def readme_run(small):
+    """(blocks, pictures) of the README's command on the small input; its check must pass."""
+    kept, patch = [], pytest.MonkeyPatch()
+    original = evaluation.readme_blocks
+    patch.setattr(evaluation, "readme_blocks", lambda bench: kept.append(original(bench)) or kept[0])
+    patch.setattr(evaluation, "WIDTHS", (16, 32, 48))
+    before = (ROOT / "README.md").read_text()
+    evaluation.main([*small, "--readme", str(ROOT / "README.md"), "--check"])
+    patch.undo()
+    assert (ROOT / "README.md").read_text() == before
+    return kept[0]
+
+
+def test_readme_has_the_form_of_what_its_command_writes(readme_run, tmp_path, monkeypatch, small,
+                                                        capsys):
+    """The check passed (fixture), and fails when a row, a head, a block or a picture is gone."""
+    monkeypatch.setattr(evaluation, "readme_blocks", lambda bench: readme_run)
+    readme = (ROOT / "README.md").read_text()
+    (tmp_path / "pictures").mkdir()
+    for picture in (ROOT / "pictures").iterdir():
+        (tmp_path / "pictures" / picture.name).write_text("")
+    for old, new, named in [("| GPTQ, act-order |", "| GPTQ, other |", "in baselines:"),
+                            ("| by s_X |", "| by X |", "in salience:"),
+                            ("<!-- gptq -->", "<!-- gone -->", "no markers <!-- gptq -->")]:
+        assert readme.count(old) == 1
+        (tmp_path / "README.md").write_text(readme.replace(old, new))
+        with pytest.raises(SystemExit):
+            evaluation.main([*small, "--readme", str(tmp_path / "README.md"), "--check"])
+        assert named in capsys.readouterr().err
+    (tmp_path / "README.md").write_text(readme)
+    evaluation.main([*small, "--readme", str(tmp_path / "README.md"), "--check"])
+    (tmp_path / "pictures" / "bits.svg").unlink()
+    with pytest.raises(SystemExit):
+        evaluation.main([*small, "--readme", str(tmp_path / "README.md"), "--check"])
+    assert "in bits.svg:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(evaluation.STUDIES))
+def test_every_study_gives_a_sentence_and_a_table(readme_run, name):
+    block = readme_run[0][name]
+    assert re.search(r"(agrees|does not agree|not a percentage)[^|]*\.(\n|$)", block)
+    assert ("| --- |" in block) == (name != "grid")
+    for number in re.findall(r"\d+\.\d+", block):
+        assert math.isfinite(float(number))
+    assert "nan" not in block.split()
+
+
+def bench_of(small, *arguments):
+    return evaluation.open_bench(evaluation.parse_arguments([*small, *arguments]))
+
+
+def test_studies_agree_with_rtn_where_they_must(small, monkeypatch):
+    """Nothing kept, or all times s = 1, is RTN; everything kept is full precision."""
+    bench = bench_of(small)
+    full, rtn = (evaluation.measure(bench, *key)[0]["ppl"] for key in [("fp",), ("rtn", 3, 32)])
+    s_X = evaluation.activation_scores(bench)
+    kept = evaluation.rewritten(bench, lambda name, W: evaluation.keep_channels(
+        W, s_X[name], 1.0, 3, 32), "all")
+    assert kept == pytest.approx(full, rel=1e-6) and abs(full - rtn) > 1e-3 * full
+    study = evaluation.study_scale(bench)
+    assert study.rows[0]["perplexity"] == pytest.approx(rtn, rel=1e-6)
+    assert study.rows[0]["delta changes"] == "0.0%" and study.rows[0]["mean delta'/delta"] == 1
+    assert all(1 <= row["mean delta'/delta"] <= float(row["s"]) for row in study.rows)
+
+
+def test_kept_channels_are_those_of_the_highest_score():
+    W, _ = problem()
+    score = torch.arange(48.0)
+    W_hat = evaluation.keep_channels(W, score, 0.05, 3, 16)
+    same = (W_hat == W).all(0)
+    assert same.nonzero().flatten().tolist() == [46, 47]
+    assert torch.equal(W_hat[:, ~same], awq.fake_quantize(W, 3, 16)[:, ~same])
+    assert evaluation.salient_scale(score, 4.0, 0.05).tolist() == [1.0] * 46 + [4.0] * 2
+
+
+def test_grid_study_shows_the_curves_of_the_report(small):
+    bench = bench_of(small, "--block", "1")
+    study = evaluation.study_grid_of_alpha(bench)
+    lines = [line for line in evaluation.measure(bench, "awq", 3, 32)[1]["groups"]
+             if line["block"] == 1]
+    assert len(study.rows) == 21 and len(study.panels) == len(lines) == 4
+    for i, line in enumerate(lines):
+        for clipped in (0, 1):
+            expected = [loss / line["loss_rtn"] for _, c, loss in line["curve"] if c == clipped]
+            assert [list(row.values())[1 + 2 * i + clipped] for row in study.rows] == expected
+
+
+def test_memory_is_what_a_checkpoint_holds(small):
+    bench = bench_of(small, "--bits", "4")
+    row = next(row for row in evaluation.study_memory(bench).rows
+               if (row["bits"], row["group"]) == ("4", "32"))
+    measured = evaluation.measure(bench, "rtn", 4, 32)[0]
+    assert row["bits/weight"] == pytest.approx(measured["bits_per_weight"])
+    assert row["size, MB"] == pytest.approx(measured["bytes"] / 1e6)
+    assert row["scales and zeros, bits/weight"] == pytest.approx((16 + 4) / 32)
+
+
+def test_study_from_the_shell_writes_the_same_rows_as_json(small, tmp_path, capsys):
+    evaluation.main([*small, "--study", "methods", "--json", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    out = capsys.readouterr().out
+    assert result["study"] == "methods" and result["sentence"] in out
+    lines = [line for line in out.splitlines() if line.startswith("| ")][2:]
+    assert [float(line.split("|")[2]) for line in lines] == pytest.approx(
+        [row["perplexity"] for row in result["rows"]], abs=6e-4)
+
+
+def test_smoothquant_rows_have_bits_and_groups_of_their_own(small):
+    bench = bench_of(small, "--methods", "rtn,smoothquant", "--bits", "4,3", "--group-size", "32,64")
+    keys = [(row["method"], row["bits"], row["group_size"]) for row in evaluation.measure_all(bench)]
+    assert keys == [("fp", 16, None), ("rtn", 4, 32), ("smoothquant", 8, -1), ("rtn", 3, 32),
+                    ("rtn", 4, 64), ("rtn", 3, 64)]
+
+
+def test_pictures_are_written_whole_and_repeatable(readme_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, panels in readme_run[1].items():
+        for file in (tmp_path / name, (tmp_path / name).with_suffix(".png")):
+            evaluation.draw(file, panels)
+        first = (tmp_path / name).read_text()
+        evaluation.draw(tmp_path / name, panels)
+        assert (tmp_path / name).read_text() == first and "<svg" in first
+        assert all(panel["title"] in first for panel in panels)
+    assert len(list(tmp_path.iterdir())) == 6
+    with pytest.raises(KeyError):
+        evaluation.draw(tmp_path / "broken.svg", [{"title": "no axes"}])
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_plot_without_matplotlib_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for option in (["--plot", str(tmp_path / "x.svg")], ["--readme", str(ROOT / "README.md")]):
+        with pytest.raises(SystemExit) as end:
+            evaluation.main(option)
+        assert end.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
