@@ -1222,7 +1222,7 @@ def read_headers(files, folder):
             raise ValueError(f"{file} is outside of {folder}: the checkpoint's index must not "
                              "leave its folder")
         header = read_header(file)
-        for name in header.keys() & tensors.keys():
+        for name in sorted(header.keys() & tensors.keys()):
             raise ValueError(f"{Path(file).name}: tensor {name} is in {tensors[name][2]} too")
         tensors.update(header)
     return tensors
@@ -1236,8 +1236,8 @@ def prepare_packed_layers(model, bits, group_size, files):
     if not files:
         raise ValueError("state_dict is given: an AWQ checkpoint is read from safetensors only")
     replace_conv1d(model)
-    tensors, modules = read_headers(files, model.name_or_path), dict(model.named_modules())
-    stored = {}                                             # {module: {tensor: header entry}}
+    tensors = renamed(model, read_headers(files, model.name_or_path))
+    modules, stored = dict(model.named_modules()), {}       # {module: {tensor: header entry}}
     for name, entry in tensors.items():
         module, _, key = name.rpartition(".")
         stored.setdefault(module, {})[key] = entry
@@ -1251,6 +1251,15 @@ def prepare_packed_layers(model, bits, group_size, files):
         model.set_submodule(name, layer)
     check_tensors(model, tensors)
     return tensors
+
+
+def renamed(model, tensors):
+    """The same entries under the names that transformers gives them when it loads this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    rules = [rule for rule in get_model_conversion_mapping(model)
+             if isinstance(rule, WeightRenaming)]
+    return {rename_source_key(name, rules, [])[0]: entry for name, entry in tensors.items()}
 
 
 def packed_layer(name, linear, entries, bits, group_size):
@@ -1271,7 +1280,7 @@ def packed_layer(name, linear, entries, bits, group_size):
         if entries[key][:2] != expected:
             raise ValueError(f"{entries[key][2]}: tensor {name}.{key} is {entries[key][:2]}: it "
                              f"must be {expected}{other_layout(linear, *entries['qweight'][:2])}")
-    for key in entries.keys() - layer.state_dict().keys():
+    for key in sorted(entries.keys() - layer.state_dict().keys()):
         raise ValueError(f"{entries[key][2]}: tensor {name}.{key} has no place beside a qweight")
     return layer
 
@@ -1294,7 +1303,7 @@ def check_tensors(model, tensors):
     transformers would take memory for a missing tensor and draw it at random.
     """
     wanted = model.state_dict()
-    for name in wanted.keys() & tensors.keys():
+    for name in filter(tensors.__contains__, wanted):
         dtype, shape, file = tensors[name]
         # An order of axes that transformers' own conversions change is left to them.
         if sorted(shape) != sorted(wanted[name].shape) \
