@@ -1201,7 +1201,7 @@ def misfit(path):
     size, name = os.path.getsize(path), None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, size))               # never more than there is
+        header = file.read(min(length, 10 ** 8))            # safetensors' own limit
     try:
         for name, entry in json.loads(header).items():
             begin, end = (0, 0) if name == "__metadata__" else entry["data_offsets"]
@@ -1209,7 +1209,7 @@ def misfit(path):
             need = math.prod(shape) and BYTES[entry["dtype"]] * math.prod(shape)
             if not 0 <= begin <= end <= size - 8 - length or end - begin != need:
                 return f" (tensor {name} does not fit)"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f" (tensor {name} is not described)" if name else ""
     return ""
 
@@ -1475,7 +1475,7 @@ def read_json(path):
     """The dict in a JSON file; ValueError naming the file if there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: it must be a JSON object")

@@ -310,6 +310,7 @@ QWEIGHT, QZEROS, SCALES = (f"{LAYER}.{key}" for key in ("qweight", "qzeros", "sc
     (lambda f: (f / "config.json").write_text("not json"), "config.json cannot be read as JSON"),
     (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
     (lambda f: (f / "config.json").write_bytes(b""), "config.json cannot be read as JSON"),
+    (lambda f: (f / "config.json").write_text("[" * 10 ** 5), "config.json cannot be read as JSON"),
     (lambda f: change_json(f / "config.json", lambda c: c.pop("quantization_config")),
      "config.json has no quantization_config"),
     (lambda f: change_json(f / "config.json", lambda c: c.update(quantization_config=[4])),
@@ -377,6 +378,7 @@ def test_tensors_that_do_not_fit_are_named(copied, damage, named):
     (lambda f: f.write_bytes(b"\xff" * 8 + f.read_bytes()[8:]), "is truncated or not"),
     (lambda f: f.write_bytes(struct.pack("<Q", 4) + b"abcd"), "is truncated or not"),
     (lambda f: f.write_bytes(struct.pack("<Q", 2) + b"[]"), "is truncated or not"),
+    (lambda f: f.write_bytes(struct.pack("<Q", 10 ** 5) + b"[" * 10 ** 5), "is truncated or not"),
     (lambda f: f.write_bytes(b"\x80\x04\x95" + bytes(99)), "is truncated or not"),   # a pickle
     (lambda f: break_header(f, lambda h: h.pop(SCALES)), "is truncated or not"),
     (lambda f: break_header(f, lambda h: h[QZEROS].update(shape=[9, 32])), f"tensor {QZEROS} does"),
