@@ -1510,7 +1510,7 @@ class AutoAWQForCausalLM:
 
     def __init__(self, model, name, trust_remote_code=False):
         self.model, self.name, self.trust_remote_code = model, name, trust_remote_code
-        self.calibration = None     # for the model card
+        self.calibration, self.calibration_tokenizer = None, None   # saved with the checkpoint
 
     @classmethod
     def from_pretrained(cls, name, trust_remote_code=False, **kwargs):
@@ -1550,6 +1550,7 @@ class AutoAWQForCausalLM:
         report = quantize_model(self.model, tokens, settings["w_bit"], settings["q_group_size"],
                                 **options)
         source = Path(calib_data).name if isinstance(calib_data, (str, os.PathLike)) else "own text"
+        self.calibration_tokenizer = tokenizer
         self.calibration = f"{source}, {len(tokens)} x {tokens.shape[1]} tokens, seed {seed}"
         return report
 
@@ -1559,9 +1560,10 @@ class AutoAWQForCausalLM:
 
     def save_quantized(self, folder, tokenizer=None, safetensors=True, shard_size="5GB",
                        perplexity=None):
-        """See save_quantized; only safetensors are written."""
+        """See save_quantized; only safetensors are written. tokenizer: that of quantize if none."""
         if not safetensors:
             raise ValueError("safetensors is False: no other files are written")
+        tokenizer = self.calibration_tokenizer if tokenizer is None else tokenizer
         save_quantized(self.model, folder, tokenizer, shard_size, self.calibration, perplexity)
 
     def generate(self, *args, **kwargs):

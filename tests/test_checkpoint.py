@@ -196,6 +196,25 @@ def test_from_pretrained_takes_dtype_shards_and_device_map(saved, tmp_path, dtyp
     assert (logits.float() - saved[1].float()).norm() < 0.02 * saved[1].float().norm()
 
 
+def test_a_model_of_the_hub_loads(saved, tmp_path):
+    """From a cache laid out as huggingface_hub does, shards being links to blobs elsewhere."""
+    cache = tmp_path / "models--org--name"
+    snapshot, blobs = cache / "snapshots" / ("0" * 40), cache / "blobs"
+    awq.save_quantized(awq.load_quantized(saved[0]), snapshot, shard_size="30KB")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    blobs.mkdir()
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / file.name.replace(".", "-"))
+        file.symlink_to(blobs / file.name.replace(".", "-"))
+    for load in (awq.load_quantized, plain_load):
+        model = load("org/name", cache_dir=tmp_path, dtype="auto")
+        assert torch.equal(model(saved[2]).logits, saved[1])
+    (snapshot / "model.safetensors.index.json").unlink()
+    with pytest.raises(OSError, match="model 'org/name' cannot be loaded"):
+        awq.load_quantized("org/name", cache_dir=tmp_path)
+
+
 def test_layers_that_transformers_renames_on_disk_load(tokens, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
@@ -568,6 +587,9 @@ for kill in (True, False):
         assert left <= (set(["q", ".q.partial"]) if kill else set(["q"])), (moment, left)
         if "q" in left:
             clear_target()
+        elif left:
+            assert not stopped(10 ** 9, kill) and os.listdir(folder / "target") == ["q"], moment
+            clear_target()
         moment, partial = moment + 1, partial + (".q.partial" in left)
     assert os.listdir(folder / "target") == ["q"]
     clear_target()
@@ -755,13 +777,16 @@ def test_snippet_that_people_know(folder, tmp_path):
     assert again.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
 
 
-def test_signature_that_autoawq_had(folder):
+def test_signature_that_autoawq_had(folder, tmp_path):
     model = awq.AutoAWQForCausalLM.from_pretrained(folder)
     config = {"w_bit": 4, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
     text = "import os\n" * 400
     report = model.quantize(model.tokenizer, quant_config=config, calib_data=[text, text],
                             max_calib_samples=2, progress=False)
     assert report["bits"] == 4 and report["group_size"] == 32
+    model.save_quantized(tmp_path / "q", safetensors=True, shard_size="5GB")
+    assert (tmp_path / "q" / "tokenizer.json").is_file()
+    assert "calibration: own text, 2 x 64 tokens" in (tmp_path / "q" / "README.md").read_text()
     for bad in ({"w_bit": 5}, {"bits": 4}, {"version": "GEMV"}, {"zero_point": False}):
         with pytest.raises(ValueError, match=list(bad)[0].replace("w_bit", "bits is 5")):
             awq.AutoAWQForCausalLM.from_pretrained(folder).quantize(
