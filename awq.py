@@ -1464,18 +1464,6 @@ def read_header(path):
                          f"{error}") from error
 
 
-def by_module_names(model, tensors):
-    """A dict by names in a checkpoint, by the model's own: transformers renames some as it loads."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules, own = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    return {rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0]: entry
-            for name, entry in tensors.items()}
-
-
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1,
          "BOOL": 1}
 
@@ -1485,7 +1473,7 @@ def misfit(path):
     size, name = os.path.getsize(path), None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, size))               # never more than there is
+        header = file.read(min(length, 10 ** 8))            # safetensors' own limit
     try:
         for name, entry in json.loads(header).items():
             begin, end = (0, 0) if name == "__metadata__" else entry["data_offsets"]
@@ -1493,7 +1481,7 @@ def misfit(path):
             need = math.prod(shape) and BYTES[entry["dtype"]] * math.prod(shape)
             if not 0 <= begin <= end <= size - 8 - length or end - begin != need:
                 return f" (tensor {name} does not fit)"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f" (tensor {name} is not described)" if name else ""
     return ""
 
@@ -1506,7 +1494,7 @@ def read_headers(files, folder):
             raise ValueError(f"{file} is outside of {folder}: the checkpoint's index must not "
                              "leave its folder")
         header = read_header(file)
-        for name in header.keys() & tensors.keys():
+        for name in sorted(header.keys() & tensors.keys()):
             raise ValueError(f"{Path(file).name}: tensor {name} is in {tensors[name][2]} too")
         tensors.update(header)
     return tensors
@@ -1515,14 +1503,13 @@ def read_headers(files, folder):
 def prepare_packed_layers(model, bits, group_size, files):
     """Put an AWQLinear where the files hold a packed layer; ValueError if a tensor does not fit.
 
-    Only headers are read, and the model is still without memory. Returns the headers by the model's names.
+    Only headers are read, and the model is still without memory. Returns their entries.
     """
     if not files:
         raise ValueError("state_dict is given: an AWQ checkpoint is read from safetensors only")
     replace_conv1d(model)
-    headers, modules = read_headers(files, model.name_or_path), dict(model.named_modules())
-    tensors = by_module_names(model, headers)
-    stored = {}                                             # {module: {tensor: header entry}}
+    tensors = renamed(model, read_headers(files, model.name_or_path))
+    modules, stored = dict(model.named_modules()), {}       # {module: {tensor: header entry}}
     for name, entry in tensors.items():
         module, _, key = name.rpartition(".")
         stored.setdefault(module, {})[key] = entry
@@ -1534,8 +1521,18 @@ def prepare_packed_layers(model, bits, group_size, files):
     for name, entries in packed.items():
         layer = packed_layer(name, modules.get(name), entries, bits, group_size)
         model.set_submodule(name, layer)
-    check_tensors(model, headers)
+    check_tensors(model, tensors)
     return tensors
+
+
+def renamed(model, tensors):
+    """The same entries under the names that transformers gives them when it loads this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    rules, own = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return {rename_source_key(name, renamings, [], model.base_model_prefix, own)[0]: entry
+            for name, entry in tensors.items()}
 
 
 def packed_layer(name, linear, entries, bits, group_size):
@@ -1556,7 +1553,7 @@ def packed_layer(name, linear, entries, bits, group_size):
         if entries[key][:2] != expected:
             raise ValueError(f"{entries[key][2]}: tensor {name}.{key} is {entries[key][:2]}: it "
                              f"must be {expected}{other_layout(linear, *entries['qweight'][:2])}")
-    for key in entries.keys() - layer.state_dict().keys():
+    for key in sorted(entries.keys() - layer.state_dict().keys()):
         raise ValueError(f"{entries[key][2]}: tensor {name}.{key} has no place beside a qweight")
     return layer
 
@@ -1579,7 +1576,7 @@ def check_tensors(model, tensors):
     transformers would take memory for a missing tensor and draw it at random.
     """
     wanted = model.state_dict()
-    for name in wanted.keys() & tensors.keys():
+    for name in filter(tensors.__contains__, wanted):
         dtype, shape, file = tensors[name]
         # An order of axes that transformers' own conversions change is left to them.
         if sorted(shape) != sorted(wanted[name].shape) \
@@ -1756,7 +1753,7 @@ def read_json(path):
     """The dict in a JSON file; ValueError naming the file if there is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: it must be a JSON object")
@@ -1791,7 +1788,7 @@ class AutoAWQForCausalLM:
 
     def __init__(self, model, name, trust_remote_code=False):
         self.model, self.name, self.trust_remote_code = model, name, trust_remote_code
-        self.calibration = None     # for the model card
+        self.calibration, self.calibration_tokenizer = None, None   # saved with the checkpoint
 
     @classmethod
     def from_pretrained(cls, name, trust_remote_code=False, **kwargs):
@@ -1831,6 +1828,7 @@ class AutoAWQForCausalLM:
         report = quantize_model(self.model, tokens, settings["w_bit"], settings["q_group_size"],
                                 **options)
         source = Path(calib_data).name if isinstance(calib_data, (str, os.PathLike)) else "own text"
+        self.calibration_tokenizer = tokenizer
         self.calibration = f"{source}, {len(tokens)} x {tokens.shape[1]} tokens, seed {seed}"
         return report
 
@@ -1840,9 +1838,10 @@ class AutoAWQForCausalLM:
 
     def save_quantized(self, folder, tokenizer=None, safetensors=True, shard_size="5GB",
                        perplexity=None):
-        """See save_quantized; only safetensors are written."""
+        """See save_quantized; only safetensors are written. tokenizer: that of quantize if none."""
         if not safetensors:
             raise ValueError("safetensors is False: no other files are written")
+        tokenizer = self.calibration_tokenizer if tokenizer is None else tokenizer
         save_quantized(self.model, folder, tokenizer, shard_size, self.calibration, perplexity)
 
     def generate(self, *args, **kwargs):
