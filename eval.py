@@ -693,7 +693,7 @@ def study_memory(bench):
     return Study(sentence, rows, [panel])
 
 
-WIDTHS = (128, 256, 512)        # of the models of the study `time`
+WIDTHS = (128, 256, 384)        # of the models of the study `time`
 
 
 def random_llama(width, positions=512):
