@@ -21,6 +21,7 @@ import platform
 import re
 import sys
 import time
+import zlib
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -505,7 +506,7 @@ def study_salience(bench, seeds=5):
                      "by weight norm": kept(share, lambda name, W: W.norm(dim=0), "weight norm"),
                      "at random": draws.mean().item(), "spread (std)": draws.std().item()})
     one = rows[2]
-    share = {key: (rtn - one[key]) / (rtn - full) for key in list(one)[1:4]}
+    share = {key: (rtn - one[key]) / ((rtn - full) or math.nan) for key in list(one)[1:4]}
     ratio = sum((s.max() / s.median()).item() for s in s_X.values()) / len(s_X)
     here = (f"at INT{bits} 1 % by s_X takes back {share['by s_X']:.0%} of RTN's loss, by weight "
             f"norm {share['by weight norm']:.0%}, at random {share['at random']:.0%} (a layer's "
@@ -520,7 +521,7 @@ def study_salience(bench, seeds=5):
 
 def random_score(name, W, seed):
     """[K] random numbers, the same for a layer and a seed."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + sum(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
     return torch.rand(W.shape[1], generator=generator)
 
 
@@ -528,7 +529,7 @@ def saliency_panel(bench, s_X):
     """Sorted s_X of the layers of the chosen block."""
     block = bench.setup["block"]
     curves = {name.split(f".{block}.", 1)[1]: s.sort(descending=True).values / s.mean()
-              for name, s in s_X.items() if f".{block}." in name}
+              for name, s in s_X.items() if re.search(r"\.(\d+)\.", name)[1] == str(block)}
     distinct = {tuple(s.tolist()): name for name, s in reversed(curves.items())}
     series = {name: ([100 * (i + 0.5) / len(s) for i in range(len(s))], list(s))
               for s, name in reversed(distinct.items())}
@@ -696,7 +697,7 @@ def study_memory(bench):
 WIDTHS = (128, 256, 384)        # of the models of the study `time`
 
 
-def random_llama(width, positions=512):
+def random_llama(width, positions):
     """One random LLaMA block; the seconds of a search do not depend on the weights' values."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
@@ -707,22 +708,17 @@ def random_llama(width, positions=512):
 
 def study_time(bench):
     """Seconds to quantise, by method and model size."""
-    (bits, G), device = study_grid(bench), bench.args.device
+    (bits, G), tokens = study_grid(bench), bench.tokens % 256
     names = ("rtn", "gptq", "awq-scale", "awq")
-    models = [("this model", None)] + [(f"one random block, width {w}", w) for w in WIDTHS]
-    rows = []
-    for label, width in models:
-        model = random_llama(width) if width else load_model(bench.args.model, device)[0]
-        row = {"model": label, "parameters, M": sum(p.numel() for p in model.parameters()) / 1e6}
+    rows = [{"model": "this model", "parameters, M": bench.setup["parameters"] / 1e6, **{
+        METHODS[name].title: measure(bench, name, bits, G)[0]["seconds"] for name in names}}]
+    for width in WIDTHS:
+        rows.append({"model": f"one random block, width {width}"})
         for name in names:
-            if width is None:
-                seconds = measure(bench, name, bits, G)[0]["seconds"]
-            else:
-                tokens = bench.tokens.clamp(max=255)
-                seconds = quantize(random_llama(width), METHODS[name], bits, G, tokens,
-                                   device)["seconds"]
-            row[METHODS[name].title] = seconds
-        rows.append(row)
+            model = random_llama(width, tokens.shape[1])
+            rows[-1]["parameters, M"] = sum(p.numel() for p in model.parameters()) / 1e6
+            report = quantize(model, METHODS[name], bits, G, tokens, bench.args.device)
+            rows[-1][METHODS[name].title] = report["seconds"]
     ratio = [row["AWQ"] / row["GPTQ"] for row in rows]
     here = (f"AWQ with clipping in the search takes {min(ratio):.1f} to {max(ratio):.1f} times "
             f"GPTQ's seconds, scale alone {rows[-1]['AWQ, scale only'] / rows[-1]['GPTQ']:.1f} "
@@ -853,7 +849,7 @@ def parts_sentence(bench):
     parts = []
     for bits in (4, 3):
         found = increases(bench, bits, ("rtn", "awq-scale", "awq-clip", "awq"))
-        share = {name: f"{1 - cost / found['rtn']:.0%}" for name, cost in found.items()}
+        share = {name: f"{1 - cost / (found['rtn'] or math.nan):.0%}" for name, cost in found.items()}
         parts.append(f"at INT{bits} the scale alone takes back {share['awq-scale']} of RTN's loss, "
                      f"clipping alone {share['awq-clip']}, both together {share['awq']}")
     return f"In this run {'; '.join(parts)}."
