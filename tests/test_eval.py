@@ -378,8 +378,10 @@ def readme_run(small):
     """(blocks, pictures) of the README's command on the small input; its check must pass."""
     kept, patch = [], pytest.MonkeyPatch()
     original = evaluation.readme_blocks
-    patch.setattr(evaluation, "readme_blocks", lambda bench: kept.append(original(bench)) or kept[0])
-    patch.setattr(evaluation, "WIDTHS", (16, 32, 48))
+    patch.setattr(evaluation, "readme_blocks",
+                  lambda bench: kept.append(original(bench)) or kept[0])
+    patch.setattr(evaluation, "WIDTHS", (32, 64, 96))
+    patch.setattr(awq, "SHRINKS", (1, 0.75), raising=False)     # quick: only the form is compared
     before = (ROOT / "README.md").read_text()
     evaluation.main([*small, "--readme", str(ROOT / "README.md"), "--check"])
     patch.undo()
@@ -482,8 +484,10 @@ def test_study_from_the_shell_writes_the_same_rows_as_json(small, tmp_path, caps
 
 
 def test_smoothquant_rows_have_bits_and_groups_of_their_own(small):
-    bench = bench_of(small, "--methods", "rtn,smoothquant", "--bits", "4,3", "--group-size", "32,64")
-    keys = [(row["method"], row["bits"], row["group_size"]) for row in evaluation.measure_all(bench)]
+    bench = bench_of(small, "--methods", "rtn,smoothquant", "--bits", "4,3",
+                     "--group-size", "32,64")
+    rows = evaluation.measure_all(bench)
+    keys = [(row["method"], row["bits"], row["group_size"]) for row in rows]
     assert keys == [("fp", 16, None), ("rtn", 4, 32), ("smoothquant", 8, -1), ("rtn", 3, 32),
                     ("rtn", 4, 64), ("rtn", 3, 64)]
 
