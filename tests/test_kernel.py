@@ -452,7 +452,7 @@ MUTATIONS = {
     "float16, row g + 8": ("(v & 0x00f000f0u)", "0x00f000f0u", "0x000f000fu"),
     "float16, next pair": ("v >>= 8)", "v >>= 8", "v >>= 4"),
     "float16, zero of row g + 8": ("(-64.f - zero_g8)", "zero_g8", "zero_g"),
-    "bfloat16, next row": ("v >>= 4)", "v >>= 4", "v >>= 8"),
+    "bfloat16, next row": ("i < 4; i++, v >>= 4)", "v >>= 4", "v >>= 8"),
     "bfloat16, zero of row g + 8": ("minus[i % 2]", "i % 2", "0"),
     "order of the zeros": ("4 * (n % 8 / 2 + 4 * (n % 2))", "n % 8 / 2 + 4 * (n % 2)", "n % 8"),
     "dequantise, half of a register": ("(i % 2 ? pair >> 16", "i % 2", "0"),
