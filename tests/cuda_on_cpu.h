@@ -1,11 +1,15 @@
 // Runs the CUDA text of kernel.py on a CPU, so that its arithmetic is tested where no GPU is.
 //
-//     g++ -std=c++17 -include tests/cuda_on_cpu.h -x c++ kernel.cu -shared -fPIC -o kernel.so
+//     g++ -std=c++17 -include tests/cuda_on_cpu.h -fsanitize=kernel-address ... (see cpu_build)
 //
 // Every CUDA thread is a fibre (ucontext): it runs until it needs other threads, at
 // __syncthreads() or mma(), and a scheduler picks the next one in an order drawn from a seed.
 // Blocks run one after the other, in an order drawn from the same seed. What would be a race or a
 // hang on a GPU is then a wrong number under some seed, or one of the messages of fail().
+//
+// All tensors lie in one arena, with gaps. The compiler's address sanitizer calls the functions
+// below before every load and store, and they fail() on one that is not inside a tensor, is not
+// aligned to its size (a GPU traps there), or stores to an input.
 //
 // Not here: timing, memory ordering finer than the rules at __threadfence(), bank conflicts.
 #pragma once
@@ -26,6 +30,9 @@
 #define __device__
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time, so one copy will do
+inline int mutation = 0;  // which of the errors that a test has written into the text to make
+extern "C" void cpu_mutate(int number) { mutation = number; }
+
 #define LAUNCH(kernel, grid, block, stream, ...) \
   cpu::launch(grid, block, [=] { (kernel)(__VA_ARGS__); })
 
@@ -60,10 +67,25 @@ inline std::function<void()> body;
 inline std::mt19937 rng;
 inline std::string error;
 inline bool arrived;  // this block has been counted by atomicAdd
-inline std::vector<std::pair<const void*, const void*>> inputs;  // what may be read: begin, end
+
+struct Range { size_t begin, end; bool writable; };
+inline Range arena, tensors[16];
+inline int tensor_count;
 
 inline void fail(const char* message) {
   if (error.empty()) error = message;
+}
+
+#define UNCHECKED __attribute__((no_sanitize("kernel-address")))
+UNCHECKED inline void check_access(size_t address, size_t size, bool store) {
+  if (address + size <= arena.begin || address >= arena.end) return;  // stack, shared, the arguments
+  if (size <= 16 && address % size) return fail("an access that is not aligned to its size");
+  for (int i = 0; i < tensor_count; i++) {
+    const Range& tensor = tensors[i];
+    if (address >= tensor.begin && address + size <= tensor.end)
+      return store && !tensor.writable ? fail("store to an input") : void();
+  }
+  fail(store ? "store outside the tensors" : "load outside the tensors");
 }
 
 inline void wait(State state) {
@@ -138,25 +160,34 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
 }
 }  // namespace cpu
 
-// For the test: start a run; announce what it may read; ask what it did wrong.
-extern "C" void cpu_seed(unsigned seed) {
-  cpu::rng.seed(seed), cpu::error.clear(), cpu::inputs.clear();
+// What the sanitizer calls.
+extern "C" {
+#define ACCESS(size)                                                                      \
+  UNCHECKED void __asan_load##size##_noabort(size_t p) { cpu::check_access(p, size, false); } \
+  UNCHECKED void __asan_store##size##_noabort(size_t p) { cpu::check_access(p, size, true); }
+ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
+UNCHECKED void __asan_loadN_noabort(size_t p, size_t n) { cpu::check_access(p, n, false); }
+UNCHECKED void __asan_storeN_noabort(size_t p, size_t n) { cpu::check_access(p, n, true); }
+UNCHECKED void __asan_handle_no_return() {}
+UNCHECKED void __asan_before_dynamic_init(const void*) {}
+UNCHECKED void __asan_after_dynamic_init() {}
 }
-extern "C" void cpu_input(const void* p, size_t bytes) {
-  cpu::inputs.push_back({p, (const char*)p + bytes});
+
+// For the test: start a run in an arena; announce a tensor; ask what the run did wrong.
+extern "C" void cpu_start(unsigned seed, size_t arena, size_t bytes) {
+  cpu::rng.seed(seed), cpu::error.clear(), cpu::tensor_count = 0;
+  cpu::arena = {arena, arena + bytes, false};
+}
+extern "C" void cpu_tensor(size_t begin, size_t bytes, bool writable) {
+  cpu::tensors[cpu::tensor_count++] = {begin, begin + bytes, writable};
 }
 extern "C" const char* cpu_error() { return cpu::error.c_str(); }
 
 inline void __syncthreads() { cpu::wait(cpu::AT_BARRIER); }
 
-// --- memory: __ldg and __ldcs inside the inputs; what one block tells another ------------------
-template <typename T> T __ldg(const T* p) {
-  for (auto& [begin, end] : cpu::inputs)
-    if (p >= begin && p + 1 <= end) return *p;
-  cpu::fail("read outside the inputs");
-  return {};
-}
-template <typename T> T __ldcs(const T* p) { return __ldg(p); }
+// --- memory: what one block tells another ------------------------------------------------------
+template <typename T> T __ldg(const T* p) { return *p; }
+template <typename T> T __ldcs(const T* p) { return *p; }
 
 template <typename T> void __stcg(T* p, T v) {
   if (cpu::arrived) cpu::fail("a partial sum stored after its block was counted as arrived");

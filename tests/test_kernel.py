@@ -178,9 +178,10 @@ def test_cpu_kernel_at_every_vector_width(lanes, threads, monkeypatch):
     monkeypatch.setattr(kernel, "SIMD_FLAGS", [])
     monkeypatch.setattr(kernel, "cpu_library", functools.cache(kernel.cpu_library.__wrapped__))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    x = fenced(torch.randn(3, K), float("nan"))[0]
-    words = fenced(kernel.cpu_repack(qweight, lanes), -1)[0]
-    y = kernel.cpu_linear(x, words, qzeros, fenced(scales, float("nan"))[0], None, G)
+    arena = Arena()
+    x, qzeros = arena.put(torch.randn(3, K), align=4), arena.put(qzeros, align=4)
+    words = arena.put(kernel.cpu_repack(qweight, lanes), align=4)
+    y = kernel.cpu_linear(x, words, qzeros, arena.put(scales, align=2), None, G)
     assert_close(y, x, float64_weight(qweight, qzeros, scales, G), None)
 
 
@@ -314,6 +315,8 @@ def cpu_build(source):
     (folder / "kernel.cpp").write_text(source)
     done = subprocess.run(
         [CXX, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++",
+         "-fsanitize=kernel-address", "--param=asan-instrumentation-with-call-threshold=0",
+         "--param=asan-stack=0", "--param=asan-globals=0",
          "-include", str(HERE / "cuda_on_cpu.h"), "kernel.cpp", "-o", "kernel.so"],
         cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -323,34 +326,51 @@ def cpu_build(source):
     return library
 
 
-def fenced(tensor, fill):
-    """A copy with `fill` on both sides, so that a read or write outside shows: -> copy, whole"""
-    whole = torch.full((tensor.numel() + 256,), fill, dtype=tensor.dtype)
-    copy = whole[128: 128 + tensor.numel()].view(tensor.shape)
-    return copy.copy_(tensor), whole
+class Arena:
+    """Tensors in one piece of memory with gaps between them, each as little aligned as it may be"""
+
+    def __init__(self, size=1 << 22):
+        self.memory = torch.full((size,), 255, dtype=torch.uint8)  # NaN in every floating type
+        self.begin, self.used = self.memory.data_ptr(), 0
+        self.tensors = []  # [(copy, writable)]
+
+    def put(self, tensor, writable=False, align=16):
+        """A copy that begins at an address `align` divides and 2 align does not"""
+        start = self.used + 64 + -(self.begin + self.used) % 64 + align
+        self.used = start + tensor.nbytes
+        copy = self.memory[start: self.used].view(tensor.dtype).view(tensor.shape)
+        self.tensors.append((copy.copy_(tensor), writable))
+        return copy
+
+    def gaps(self):
+        """All bytes that belong to no tensor"""
+        ends = [0] + [t.data_ptr() - self.begin + at for t, _ in self.tensors for at in (0, t.nbytes)]
+        ends.append(len(self.memory))
+        return torch.cat([self.memory[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True)])
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def on_cpu(source, method, x, layer, bias, G, splits=1, seed=0):
     """Run one of the CUDA text's three host functions; returns y (or w_hat)"""
-    library = cpu_build(source)
+    library, arena = cpu_build(source), Arena()
     (M, K), N = x.shape, layer[2].shape[1]
-    nan = float("nan")
-    x, _ = fenced(x, nan)
-    scales, _ = fenced(layer[2], nan)
-    bias = None if bias is None else fenced(bias, nan)[0]
+    x = arena.put(x)
+    weight = arena.put(layer[0], align=4) if method == "teaching" else arena.put(
+        kernel.repack(layer[0]))
+    qzeros, scales = arena.put(layer[1], align=4), arena.put(layer[2], align=2)
+    bias = None if bias is None else arena.put(bias, align=2)
     shape = (N, K) if method == "dequantise" else (M, N)
-    y, whole = fenced(torch.full(shape, nan, dtype=x.dtype), 7)
-    partial, _ = fenced(torch.full((splits, M, N), nan), nan)
-    arrived = torch.zeros(4096, dtype=torch.int32)
-    weight = layer[0] if method == "teaching" else kernel.repack(layer[0])
-
-    def pointer(tensor):
-        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-    library.cpu_seed(seed)
-    for tensor in (x, weight, layer[1], scales):
-        library.cpu_input(pointer(tensor), ctypes.c_size_t(tensor.nbytes))
-    packed, sizes = (pointer(weight), pointer(layer[1]), pointer(scales)), (N, K, G)
+    y = arena.put(torch.full(shape, float("nan"), dtype=x.dtype), True)
+    partial = arena.put(torch.full((splits, M, N), float("nan")), True)
+    blocks = -(-N // library.awq_rows_per_block(M)) * -(-M // library.awq_tokens_per_block(M))
+    arrived = arena.put(torch.zeros(blocks, dtype=torch.int32), True)
+    library.cpu_start(seed, ctypes.c_size_t(arena.begin), ctypes.c_size_t(len(arena.memory)))
+    for tensor, writable in arena.tensors:
+        library.cpu_tensor(*map(ctypes.c_size_t, (tensor.data_ptr(), tensor.nbytes)), writable)
+    packed, sizes = (pointer(weight), pointer(qzeros), pointer(scales)), (N, K, G)
     bf16 = ctypes.c_bool(x.dtype == torch.bfloat16)
     if method == "dequantise":
         library.awq_dequantise(bf16, *packed, pointer(y), *sizes, pointer(None))
@@ -362,8 +382,7 @@ def on_cpu(source, method, x, layer, bias, G, splits=1, seed=0):
                           pointer(arrived), M, *sizes, splits, pointer(None))
     assert not library.cpu_error(), library.cpu_error().decode()
     assert set(arrived.tolist()) <= {0, splits}, "every block of a sum counts itself once"
-    edges = torch.cat([whole[:128], whole[-128:]])
-    assert (edges == 7).all(), "written outside the output"
+    assert (arena.gaps() == 255).all(), "written outside the tensors"
     return y
 
 
@@ -407,13 +426,16 @@ def test_fused_kernel_gives_the_same_bits_under_every_schedule():
 @given(layers(M=st.sampled_from([1, 3])), st.sampled_from([torch.float16, torch.bfloat16]),
        st.booleans(), st.integers(0, 999))
 def test_teaching_and_dequantise_kernels_equal_float64(shape, dtype, with_bias, seed):
-    M, N, K, G = shape
+    check_teaching_and_dequantise(kernel.CUDA, *shape, dtype, seed, with_bias)
+
+
+def check_teaching_and_dequantise(source, M, N, K, G, dtype, seed, with_bias):
     layer, x = random_layer(N, K, G, seed), torch.randn(M, K).to(dtype)
     bias = torch.randn(N).to(dtype) if with_bias else None
-    y = on_cpu(kernel.CUDA, "teaching", x, layer, bias, G)
+    y = on_cpu(source, "teaching", x, layer, bias, G)
     # one float32 running sum: its error grows with K
     assert_close(y, x, float64_weight(*layer, G), bias, K * 2.0**-24)
-    w_hat = on_cpu(kernel.CUDA, "dequantise", x, layer, None, G)
+    w_hat = on_cpu(source, "dequantise", x, layer, None, G)
     assert torch.equal(w_hat, kernel.dequantise(*layer, G, dtype))
 
 
@@ -424,35 +446,90 @@ def test_dequantise_kernel_with_a_group_of_8():
     assert torch.equal(w_hat, kernel.dequantise(*layer, 8, torch.float16))
 
 
+# what is broken -> (a piece of the CUDA text, the part of it to replace, by what)
+MUTATIONS = {
+    # nibble positions
+    "float16, row g + 8": ("(v & 0x00f000f0u)", "0x00f000f0u", "0x000f000fu"),
+    "float16, next pair": ("v >>= 8)", "v >>= 8", "v >>= 4"),
+    "float16, zero of row g + 8": ("(-64.f - zero_g8)", "zero_g8", "zero_g"),
+    "bfloat16, next row": ("i < 4; i++, v >>= 4)", "v >>= 4", "v >>= 8"),
+    "bfloat16, zero of row g + 8": ("minus[i % 2]", "i % 2", "0"),
+    "order of the zeros": ("4 * (n % 8 / 2 + 4 * (n % 2))", "n % 8 / 2 + 4 * (n % 2)", "n % 8"),
+    "dequantise, half of a register": ("(i % 2 ? pair >> 16", "i % 2", "0"),
+    # indices
+    "words of a tile": ("slice % 2 * 2 + i]", "slice % 2 * 2 + i", "i"),
+    "tile of a unit": ("* k_tiles + 2 * u + i)", "2 * u + i", "2 * u"),
+    "row tile": ("16 * (row_warp * R + r) + g + c / 2 * 8", "c / 2 * 8", "0"),
+    "column of the sum": ("8 * n + 2 * t + c % 2", "2 * t", "t"),
+    "token of an activation": ("token0 + 8 * n + g", "8 * n", "0"),
+    "activation": ("32 * slice + 8 * t;", "8 * t", "4 * t"),
+    "group of a slice": ("(128 * u + 32 * SLICES * j) / G", "32 * SLICES * j", "0"),
+    "scale of row g + 8": ("now.scales[j][r][c / 2]", "c / 2", "0"),
+    "first unit of a warp": ("blockIdx.y * K_WARPS + k_warp,", "k_warp", "0"),
+    "first token of a block": ("(size_t)blockIdx.z * TOKENS", "TOKENS", "TOKENS + 1"),
+    "dequantise, row": ("16 * row_tile + 8 * h + g", "8 * h", "0"),
+    "teaching, input": ("x[m * K + k]", "+ k", "+ k - group * G"),
+    # what lies outside is not read or written
+    "rows of words": ("tile0 + r < row_tiles", "", "true"),
+    "tiles of words": ("2 * u + i < k_tiles", "", "true"),
+    "rows of zeros and scales": ("if (row < N) {", "row < N", "true"),
+    "the last group": ("K / G - 1)", "K / G - 1", "K / G"),
+    "tokens of x": ("if (token < M &&", "token < M", "true"),
+    "inputs of x": ("k < K) b[n]", "k < K", "true"),
+    "dequantise, row tiles": ("if (row_tile >= (N + 15) / 16) return;",
+                              "row_tile >= (N + 15) / 16", "false"),
+    "dequantise, inputs": ("if (k >= K) continue;", "k >= K", "false"),
+    "dequantise, rows of zeros": ("if (row < N) zero", "row < N", "true"),
+    "dequantise, rows": ("if (row >= N) continue;", "row >= N", "false"),
+    "teaching, columns": ("if (n >= N) return;", "n >= N", "false"),
+    # the reduction: bounds, barriers, fences
+    "warps added": ("w < K_WARPS; w++", "w < K_WARPS", "w < K_WARPS - 1"),
+    "blocks added": ("s < gridDim.y; s++", "s < gridDim.y", "s < gridDim.y - 1"),
+    "the last block": ("== gridDim.y - 1", "gridDim.y - 1", "0"),
+    "barrier before sums are read": ("__syncthreads();  // below", "__syncthreads()", "void()"),
+    "barrier before the count": ("__syncthreads();  // and", "__syncthreads()", "void()"),
+    "barrier before last is read": ("__syncthreads();  // last", "__syncthreads()", "void()"),
+    "fence before the count": ("__threadfence();  // my", "__threadfence()", "void()"),
+    "fence after the count": ("__threadfence();  // the", "__threadfence()", "void()"),
+}
+
+
+def with_mutations(source):
+    """The text with each of these errors in it, to be made if the global `mutation` says so"""
+    for number, (context, before, after) in enumerate(MUTATIONS.values(), 1):
+        before = before or context
+        assert source.count(context) == 1 and context.count(before) == 1, context
+        choice = f"(mutation == {number} ? ({after}) : ({before}))"
+        if before == "+ k":
+            choice = f"+ (mutation == {number} ? k - group * G : k)"
+        source = source.replace(context, context.replace(before, choice))
+    return source
+
+
 def battery(source):
-    """Few small cases that between them reach every line of the fused kernel"""
+    """Few small cases that between them reach every line of the CUDA text"""
+    for dtype in (torch.float16, torch.bfloat16):
+        check_teaching_and_dequantise(source, 3, 40, 72, 24, dtype, 0, True)
     for M, N, K, G, dtype, splits in ((1, 40, 2304, 128, torch.float16, 1),
                                       (5, 24, 1312, 32, torch.bfloat16, 2),
-                                      (17, 72, 448, 64, torch.float16, 2),
                                       (9, 72, 1160, 1160, torch.float16, 1),
+                                      (17, 72, 448, 64, torch.float16, 2),
                                       (65, 72, 448, 64, torch.bfloat16, 3)):
         for seed in range(2):
             check_fused(source, M, N, K, G, dtype, splits, seed)
 
 
-MUTATIONS = {
-    "a nibble position": ("(v & 0x00f000f0u)", "(v & 0x000f000fu)"),
-    "an index": ("16 * (row_warp * R + r) + g + c / 2 * 8", "16 * (row_warp * R + r) + g"),
-    "a barrier": ("__syncthreads();  // below", "// below"),
-    "the reduction's bound": ("w < K_WARPS; w++", "w < K_WARPS - 1; w++"),
-    "a fence": ("__threadfence();  // my partial sums", "// my partial sums"),
-    "a bound": ("tile0 + r < row_tiles && ", ""),
-}
-
-
 @needs_cxx
-@pytest.mark.parametrize("change", MUTATIONS)
+@pytest.mark.parametrize("change", [None, *MUTATIONS])
 def test_a_mutated_kernel_fails(change):
     """The check above is worth something: each of these errors makes it fail"""
-    before, after = MUTATIONS[change]
-    assert kernel.CUDA.count(before) == 1
+    source = with_mutations(kernel.CUDA)
+    library = cpu_build(source)
+    library.cpu_mutate([None, *MUTATIONS].index(change))
+    if change is None:
+        return battery(source)
     with pytest.raises(AssertionError):
-        battery(kernel.CUDA.replace(before, after))
+        battery(source)
 
 
 # --- on a GPU -----------------------------------------------------------------------------------
