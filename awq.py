@@ -1684,30 +1684,53 @@ def save_quantized(model, folder, tokenizer=None, shard_size="5GB", calibration=
         shutil.rmtree(partial, ignore_errors=True)
 
 
+MODEL_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- awq
+- {bits}-bit
+{link}---
+# {name}
+
+Quantised with AWQ (arXiv 2306.00978).
+
+- base model: {base}
+- bits: {bits}, asymmetric, group size {group_size}
+- full precision: {skipped}
+- calibration: {calibration}
+- perplexity: {perplexity}
+
+In transformers, with the awq.py and kernel.py that wrote this checkpoint:
+
+```python
+import awq
+from transformers import AutoModelForCausalLM
+
+awq.register()
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+```
+
+{vllm}
+"""
+
+
 def model_card(model, name, calibration=None, perplexity=None):
     """The README.md of a checkpoint: what was quantised, how, and how to load it."""
     config = model.config.quantization_config
     config = config if isinstance(config, dict) else config.to_dict()
     bits, base = config["bits"], model.config.name_or_path or "unknown"
+    # a local folder is nothing that a hub page could link to
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- awq",
-             f"- {bits}-bit"]
-    if on_hub:      # a local folder is nothing that a hub page could link to
-        front += [f"base_model: {json.dumps(base)}", "base_model_relation: quantized"]
-    facts = {"base model": base if on_hub else Path(base).name,
-             "bits": f"{bits}, asymmetric, group size {config['group_size']}",
-             "full precision": ", ".join(config["modules_to_not_convert"]) or "no Linear",
-             "calibration": calibration or "not recorded",
-             "perplexity": perplexity or "not measured"}
-    lines = ["---", *front, "---", f"# {name}", "", "Quantised with AWQ (arXiv 2306.00978).", ""]
-    lines += [f"- {key}: {value}" for key, value in facts.items()]
-    lines += ["", "In transformers, with the awq.py and kernel.py that wrote this checkpoint:", "",
-              "```python", "import awq", "from transformers import AutoModelForCausalLM", "",
-              "awq.register()", f'model = AutoModelForCausalLM.from_pretrained("{name}", '
-              'dtype="auto")', "```", ""]
-    lines += (["In vLLM:", "", "```", f"vllm serve {name} --dtype float16", "```"] if bits == 4 else
-              [f"The AWQ format has no {bits}-bit layout: vLLM and others cannot read this."])
-    return "\n".join(lines) + "\n"
+    link = f"base_model: {json.dumps(base)}\nbase_model_relation: quantized\n" if on_hub else ""
+    vllm = (f"In vLLM: `vllm serve {name} --dtype float16`" if bits == 4 else
+            f"The AWQ format has no {bits}-bit layout: vLLM and others cannot read this.")
+    return MODEL_CARD.format(
+        bits=bits, group_size=config["group_size"], name=name, link=link, vllm=vllm,
+        base=base if on_hub else Path(base).name, calibration=calibration or "not recorded",
+        skipped=", ".join(config["modules_to_not_convert"]) or "no Linear",
+        perplexity=perplexity or "not measured")
 
 
 def load_quantized(folder, **kwargs):
