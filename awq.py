@@ -42,10 +42,12 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -538,9 +540,11 @@ def trace_block(block, call):
     order, readers, alive, choices = [], {}, [], RouterTrace()
 
     def record(module, args, kwargs):
-        order.append(names[module])
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor) and x.numel():
+        if isinstance(x, torch.Tensor) and not x.numel():
+            return              # an expert without a token has not been reached
+        order.append(names[module])
+        if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor):
             alive.append(x)     # so that no other tensor takes its address
             key = (x.data_ptr(), x._version, x.shape[-1], x.numel())
             readers.setdefault(key, []).append(names[module])
@@ -569,6 +573,8 @@ def probe_copy(block):
             p.data = torch.randn(p.shape, generator=generator).to(p.device) * p.shape[-1] ** -0.5
         elif name.endswith("weight"):
             p.data = (torch.randint(4, 13, p.shape, generator=generator) / 16).to(p.device)
+        elif name.endswith("bias"):     # a router's may keep an expert from ever being chosen
+            p.data = torch.randn(p.shape, generator=generator).to(p.device) * 0.1
     return block
 
 
@@ -655,15 +661,29 @@ def candidate_folds(block, call, order, layers):
                 yield Fold(name, "rows", rows)
 
 
-def plan_group(block, call, order, layers, skipped, shared):
-    """The Group of the layers that are not skipped, with the first fold that is proven."""
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")       # of a module in a list, as in experts.3.up
+
+
+def plan_group(block, call, order, layers, skipped, shared, known):
+    """The Group of the layers that are not skipped, with the first fold that is proven.
+
+    known: {layers, their numbers replaced by *: Group}. Of many experts only the first is searched:
+    for the others its answer is proven first, and where it has none there is none.
+    """
     kept = tuple(name for name in layers if name in skipped)
     packed = tuple(name for name in layers if name not in skipped)
     fixed = [name for name in kept if name in shared or order.count(name) > 1]
     if fixed:
         return Group(packed, None, kept, f"{fixed[0]} reads the same tensor and is left alone")
-    tried = []
-    for fold in candidate_folds(block, call, order, layers):
+    like = known.get(tuple(NUMBER.sub("*", name) for name in layers))
+    if like and not like.fold:
+        return Group(packed, None, kept, like.reason)
+    tried, candidates = [], candidate_folds(block, call, order, layers)
+    if like:
+        numbers = iter(NUMBER.findall(layers[0]))
+        name = NUMBER.sub(lambda match: next(numbers, match[0]), like.fold.producer)
+        candidates = chain([like.fold._replace(producer=name)], candidates)
+    for fold in candidates:
         if fold.producer in shared:
             continue
         if fold_is_exact(block, call, layers, fold):
@@ -683,7 +703,7 @@ def plan_block(block, call, bits, group_size, shared=()):
     """
     linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     block, call = probe_copy(block), call.float()
-    groups, skipped, reached = [], {}, set()
+    groups, skipped, reached, known = [], {}, set(), {}
     for seed in range(16):                  # until every expert has been given a token
         hidden = torch.randn(call.hidden.shape, generator=torch.Generator().manual_seed(seed))
         call = call.with_hidden(hidden.to(call.hidden.device))
@@ -694,7 +714,9 @@ def plan_block(block, call, bits, group_size, shared=()):
                 skipped.update(reasons_to_skip(block, layers, order, routers, shared, bits,
                                                group_size))
                 if not skipped.keys() >= set(layers):
-                    groups.append(plan_group(block, call, order, layers, skipped, shared))
+                    group = plan_group(block, call, order, layers, skipped, shared, known)
+                    known.setdefault(tuple(NUMBER.sub("*", name) for name in layers), group)
+                    groups.append(group)
         reached.update(order)
         if reached.issuperset(linears):
             break
