@@ -477,8 +477,8 @@ class Fold(NamedTuple):
     """How s leaves: a module of the same block whose output channels are divided by s."""
 
     producer: str           # name of the module within the block
-    kind: str               # "gain": weight / s; "1 + gain": (1 + weight) / s - 1; "rows": rows / s;
-                            # "root rows": rows / sqrt(s), before a squared ReLU
+    kind: str               # "gain": weight / s; "1 + gain": (1 + weight) / s - 1; "rows": its rows
+                            # / s; "root rows": its rows / sqrt(s), before a squared ReLU
     rows: torch.Tensor      # [K]: the producer's output channel behind each input channel
 
 
@@ -854,7 +854,7 @@ def walk_blocks(model, blocks, tokens, batch_size, device, few, visit):
 def split_call(call, single, samples, batch_size):
     """The Call of all samples in micro-batches of batch_size: [Call, ...].
 
-    A tensor is split along dimension 0 if that is `samples` times as long as in the Call of a single
+    A tensor is split along dimension 0 if that is `samples` times as long as in the Call of one
     sample. What cannot be split (hidden states with another dimension first, dicts and objects in
     which blocks leave something for later ones) goes to the block as it is, at once.
     """
@@ -1114,7 +1114,7 @@ def shared_modules(model):
 
 
 def skip_fused(model, prefix):
-    """{name: reason} for the modules of blocks that hold fused experts, [experts, rows, columns]."""
+    """{name: reason} for the modules of blocks that hold fused experts [experts, rows, columns]."""
     sizes = {name: sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
              for name, module in model.named_modules() if name.startswith(prefix + ".")
              and not isinstance(module, (nn.Conv1d, nn.Linear))}
@@ -1343,7 +1343,7 @@ def read_header(path):
 
 
 def by_module_names(model, tensors):
-    """A dict by names in a checkpoint, by the model's own: transformers renames some as it loads."""
+    """A dict by a checkpoint's names, by the model's own: transformers renames some as it loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

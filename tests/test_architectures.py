@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_architectures.py -s
     python tests/test_architectures.py [TYPE ...]       the table alone, of all types or of these
+    python tests/test_architectures.py --memory         peak memory with a model of 1.2 GB (minutes)
 
 The builder knows sizes by the names configurations give them, and no model type. A row: the type;
 groups of Linears; folds proven, by kind; groups left at s = 1 and why; Linears skipped and why;
@@ -54,12 +55,13 @@ SIZES = {           # attribute names of configurations: the small value
        r"|window_size|local_attention|attention_window_size|attention_chunk_size|block_size"
        r"|\w+_attn_chunk_length|(mamba_)?chunk_size|index_topk|mamba_chunk_size",
     0: r"num_kv_shared_layers",
-    16: r"((?!qk_head)\w+_)?(head_dim|head_size)|dim_head|d_head|kv_channels|rotary_dim|(mamba_)?d_state"
-        r"|(ssm_)?state_size|mamba_d_state|time_step_rank|mamba_dt_rank",
+    16: r"((?!qk_head)\w+_)?(head_dim|head_size)|dim_head|d_head|kv_channels|rotary_dim"
+        r"|(mamba_)?d_state|(ssm_)?state_size|mamba_d_state|time_step_rank|mamba_dt_rank",
     32: r"(q|kv|o)_lora_rank|qk_head_dim|laurel_rank|hidden_size_per_layer_input"
         r"|mamba_d_head|mamba_headdim",
     1: r"topk_group|n_group|num_expert_group|(n|num|moe_num)_shared_experts|moe_layer_start_index"
-       r"|first_k_dense_replace|num_dense_layers|n_groups|mamba_n_groups|mamba_ngroups|\w*_token_id",
+       r"|first_k_dense_replace|num_dense_layers|n_groups|mamba_n_groups|mamba_ngroups"
+       r"|\w*_token_id",
 }
 NEEDED = ("head_dim", "num_experts_per_tok", "n_routed_experts", "topk_group", "n_group",
           "n_shared_experts")
@@ -249,7 +251,44 @@ def test_packed_types_never_fail_without_transformers_failing_too(results):
     assert not wrong
 
 
+def print_memory():
+    """Peak memory of quantising and saving a LLaMA of 1.2 GB, bfloat16, with 12 blocks of 0.1 GB.
+
+    alpha is searched over two values and without clipping: that is faster and no smaller.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=1000, hidden_size=2048, intermediate_size=5632,
+                         num_hidden_layers=12, num_attention_heads=16, max_position_embeddings=64)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
+    for p in model.parameters():
+        p.data.normal_(std=p.shape[-1] ** -0.5) if p.ndim > 1 else p.data.fill_(1)
+    model.model.rotary_emb.__init__(config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2 ** 20
+    block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters()) / 2 ** 20
+    print(f"model {size:.0f} MiB, block {block:.0f} MiB; resident {peak():.0f} MiB with the model")
+    search = awq.search_scale
+    awq.search_scale = lambda *args, **kwargs: search(*args, **{"alphas": [0.0, 0.5], **kwargs})
+    tokens = torch.randint(0, 1000, (1, 32), generator=torch.Generator().manual_seed(0))
+    awq.quantize_model(model, tokens, 4, 128, clip=False)
+    print(f"quantised: peak {peak():.0f} MiB")
+    with tempfile.TemporaryDirectory() as folder:
+        awq.save_quantized(model, folder + "/model")
+    print(f"saved: peak {peak():.0f} MiB")
+
+
+def peak():
+    """The most memory this process has had resident, MiB."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+
+
 if __name__ == "__main__":
     start = time.time()
-    print_table(sys.argv[1:] or TYPES)
+    if sys.argv[1:] == ["--memory"]:
+        print_memory()
+    else:
+        print_table(sys.argv[1:] or TYPES)
     print(f"{time.time() - start:.0f} s")

@@ -491,6 +491,20 @@ def test_s_is_equal_over_repeated_heads_before_the_search(tokens, monkeypatch):
         assert torch.equal(heads[:, 0], heads[:, 1]) and not torch.equal(heads[0], heads[1])
 
 
+class Leaves(Mlp):
+    """Also puts what it computed into a dict it was given, for a later block."""
+
+    def forward(self, hidden_states, store):
+        store["up"] = self.up(self.norm(hidden_states))
+        return hidden_states + self.down(nn.functional.relu(store["up"]))
+
+
+def test_what_a_block_leaves_for_later_ones_must_not_change():
+    call = awq.Call((torch.randn(2, 7, 32),), {"store": {}})
+    groups, _ = awq.plan_block(Leaves(None), call, 4, 32)
+    assert groups[0].fold.producer == "norm" and groups[1].fold is None
+
+
 # ---- Layers that stay, and mixtures of experts ---------------------------------------------------
 
 
@@ -724,6 +738,36 @@ def test_statistics_do_not_depend_on_micro_batches(build, tokens, monkeypatch):
     for split, whole in zip(sum(seen[:2], []), sum(seen[2:], [])):
         assert split.tokens == whole.tokens == tokens.numel()
         assert torch.allclose(split.s_X, whole.s_X, rtol=1e-3)
+
+
+class Sharing(nn.Module):
+    """A model whose first block leaves something for the second."""
+
+    class Second(Mlp):
+        def forward(self, hidden_states, store):
+            return super().forward(hidden_states) + store["up"].mean(-1, keepdim=True)
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(96, 32)
+        self.blocks = nn.ModuleList([Leaves(None), self.Second(nn.functional.relu)])
+        self.base_model = self.forward
+
+    def forward(self, input_ids, use_cache):
+        x, store = self.embedding(input_ids), {}
+        for block in self.blocks:
+            x = block(x, store=store)
+        return x
+
+
+def test_a_dict_that_blocks_share_stays_shared(tokens):
+    model = Sharing()
+    few = awq.record_calls(model, model.blocks, tokens[:1, :15])
+    assert list(few[0].kwargs["store"]) == [] and list(few[1].kwargs["store"]) == ["up"]
+    seen = []
+    model.blocks[1].register_forward_hook(lambda _, args, output: seen.append(output))
+    awq.walk_blocks(model, model.blocks, tokens, 3, "cpu", few, lambda *_: None)
+    assert torch.equal(seen[-1], model(tokens, use_cache=False))
 
 
 class ByKeyword(nn.Module):
