@@ -921,13 +921,14 @@ def quantize_group(block, path, group, statistics, call, bits, group_size, scale
     if not (C.isfinite().all() and s_X.isfinite().all()):
         raise ValueError(f"the input of {path}.{group.layers[0]} contains NaN or Inf")
     if scale and (fold or input_scale):
-        rows, storable, dtype = torch.arange(W.shape[1]), None, layers[0].weight.dtype
+        rows, dtype = torch.arange(W.shape[1]), layers[0].weight.dtype
         if fold:
             rows = fold.rows
             storable = storable_scale(block.get_submodule(fold.producer), fold.kind, rows)
             line.update(folded_into=f"{path}.{fold.producer}", fold=fold.kind)
         else:
-            storable = lambda s: 1 / (1 / s).to(dtype).float()
+            def storable(s):
+                return 1 / (1 / s).to(dtype).float()
             line.update(folded_into="the layers' input_scale", fold="input")
         rows = rows.to(W.device)
         found = search_scale(W, C, shared_score(s_X, rows), bits, G, clip, storable=storable)
@@ -936,6 +937,7 @@ def quantize_group(block, path, group, statistics, call, bits, group_size, scale
         if fold:
             apply_fold(block, group, call, found.s)
     else:
+        line["reason"] = group.reason if scale else "scale is False"
         found = search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
     pack_group(block, group, W * found.s, found.shrink, bits, G)
     if line["fold"] == "input":
@@ -1628,8 +1630,8 @@ def print_report(report):
     for line in report["groups"]:
         layers = ", ".join(name.split(f".{line['block']}.", 1)[-1] for name in line["layers"])
         ratio = line["loss"] / line["loss_rtn"] if line["loss_rtn"] else 1.0
-        print(f"| {line['block']}: {layers} | {line['folded_into'] or 'nothing: s = 1'} "
-              f"| {line['alpha']:.2f} | {ratio:.3f} |")
+        fold = line["folded_into"] or f"nothing, s = 1: {line['reason']}"
+        print(f"| {line['block']}: {layers} | {fold} | {line['alpha']:.2f} | {ratio:.3f} |")
     for name, reason in report["skipped"].items():
         print(f"not quantised: {name}: {reason}")
     print(f"{report['seconds']:.1f} s")

@@ -36,7 +36,7 @@ gpt_neox gptj codegen falcon bloom mpt starcoder2 gpt_bigcode stablelm olmo olmo
 cohere2 granite glm glm4 smollm3 nemotron persimmon exaone4 helium seed_oss apertus arcee xglm
 biogpt nanochat modernbert-decoder""".split()
 AT_LEAST = 150      # types with the result "ok"
-LARGE = 30_000_000  # parameters: what the builder did not make small is not tried
+LARGE = 10_000_000  # parameters: what the builder did not make small is not tried
 
 SIZES = {           # attribute names of configurations: the small value
     96: r"(unpadded_|input_)?vocab_size\w*|pronunciation_vocab_size|shape_vocab_size",
@@ -68,6 +68,10 @@ NEEDED = ("head_dim", "num_experts_per_tok", "n_routed_experts", "topk_group", "
 KEYS_AND_VALUES = r"num_key_value_heads|num_kv_heads|swa_num_key_value_heads|linear_num_key_heads"
 
 
+def small_size(key, value):
+    return next((size for size, names in SIZES.items() if re.fullmatch(names, key)), value)
+
+
 def small_values(config):
     """The changes that make a configuration small: two layers of 64 channels, 4 heads of 16."""
     values = config.to_dict()
@@ -81,13 +85,13 @@ def small_values(config):
         if re.fullmatch(KEYS_AND_VALUES, key):              # all heads, where that is the default
             changes[key] = 4 if value is not None and value == heads else 2
         elif isinstance(value, int) and value > 0 or value is None and key in NEEDED:
-            size = next((size for size, names in SIZES.items() if re.fullmatch(names, key)), value)
-            changes[key] = size
+            changes[key] = small_size(key, value)
         elif isinstance(value, float) and "drop" in key:
             changes[key] = 0.0
         elif isinstance(value, list) and layers and len(value) == layers > 2:
             kinds = list(dict.fromkeys(map(str, value)))    # alternating layers: one of each kind
-            changes[key] = ([next(x for x in value if str(x) == kind) for kind in kinds] * 2)[:2]
+            values_of = [next(x for x in value if str(x) == kind) for kind in kinds]
+            changes[key] = [small_size(key, x) if type(x) is int else x for x in values_of * 2][:2]
     if "is_decoder" in values:
         changes["is_decoder"] = True
     return changes
