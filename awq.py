@@ -49,6 +49,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -551,8 +552,8 @@ class Fold(NamedTuple):
     """How s leaves: a module of the same block whose output channels are divided by s."""
 
     producer: str           # name of the module within the block
-    kind: str               # "gain": weight / s; "1 + gain": (1 + weight) / s - 1; "rows": rows / s;
-                            # "root rows": rows / sqrt(s), before a squared ReLU
+    kind: str               # "gain": weight / s; "1 + gain": (1 + weight) / s - 1; "rows": its rows
+                            # / s; "root rows": its rows / sqrt(s), before a squared ReLU
     rows: torch.Tensor      # [K]: the producer's output channel behind each input channel
 
 
@@ -614,9 +615,11 @@ def trace_block(block, call):
     order, readers, alive, choices = [], {}, [], RouterTrace()
 
     def record(module, args, kwargs):
-        order.append(names[module])
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor) and x.numel():
+        if isinstance(x, torch.Tensor) and not x.numel():
+            return              # an expert without a token has not been reached
+        order.append(names[module])
+        if isinstance(module, nn.Linear) and isinstance(x, torch.Tensor):
             alive.append(x)     # so that no other tensor takes its address
             key = (x.data_ptr(), x._version, x.shape[-1], x.numel())
             readers.setdefault(key, []).append(names[module])
@@ -645,6 +648,8 @@ def probe_copy(block):
             p.data = torch.randn(p.shape, generator=generator).to(p.device) * p.shape[-1] ** -0.5
         elif name.endswith("weight"):
             p.data = (torch.randint(4, 13, p.shape, generator=generator) / 16).to(p.device)
+        elif name.endswith("bias"):     # a router's may keep an expert from ever being chosen
+            p.data = torch.randn(p.shape, generator=generator).to(p.device) * 0.1
     return block
 
 
@@ -731,15 +736,29 @@ def candidate_folds(block, call, order, layers):
                 yield Fold(name, "rows", rows)
 
 
-def plan_group(block, call, order, layers, skipped, shared):
-    """The Group of the layers that are not skipped, with the first fold that is proven."""
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")       # of a module in a list, as in experts.3.up
+
+
+def plan_group(block, call, order, layers, skipped, shared, known):
+    """The Group of the layers that are not skipped, with the first fold that is proven.
+
+    known: {layers, their numbers replaced by *: Group}. Of many experts only the first is searched:
+    for the others its answer is proven first, and where it has none there is none.
+    """
     kept = tuple(name for name in layers if name in skipped)
     packed = tuple(name for name in layers if name not in skipped)
     fixed = [name for name in kept if name in shared or order.count(name) > 1]
     if fixed:
         return Group(packed, None, kept, f"{fixed[0]} reads the same tensor and is left alone")
-    tried = []
-    for fold in candidate_folds(block, call, order, layers):
+    like = known.get(tuple(NUMBER.sub("*", name) for name in layers))
+    if like and not like.fold:
+        return Group(packed, None, kept, like.reason)
+    tried, candidates = [], candidate_folds(block, call, order, layers)
+    if like:
+        numbers = iter(NUMBER.findall(layers[0]))
+        name = NUMBER.sub(lambda match: next(numbers, match[0]), like.fold.producer)
+        candidates = chain([like.fold._replace(producer=name)], candidates)
+    for fold in candidates:
         if fold.producer in shared:
             continue
         if fold_is_exact(block, call, layers, fold):
@@ -759,7 +778,7 @@ def plan_block(block, call, bits, group_size, shared=()):
     """
     linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     block, call = probe_copy(block), call.float()
-    groups, skipped, reached = [], {}, set()
+    groups, skipped, reached, known = [], {}, set(), {}
     for seed in range(16):                  # until every expert has been given a token
         hidden = torch.randn(call.hidden.shape, generator=torch.Generator().manual_seed(seed))
         call = call.with_hidden(hidden.to(call.hidden.device))
@@ -770,7 +789,9 @@ def plan_block(block, call, bits, group_size, shared=()):
                 skipped.update(reasons_to_skip(block, layers, order, routers, shared, bits,
                                                group_size))
                 if not skipped.keys() >= set(layers):
-                    groups.append(plan_group(block, call, order, layers, skipped, shared))
+                    group = plan_group(block, call, order, layers, skipped, shared, known)
+                    known.setdefault(tuple(NUMBER.sub("*", name) for name in layers), group)
+                    groups.append(group)
         reached.update(order)
         if reached.issuperset(linears):
             break
@@ -908,7 +929,7 @@ def walk_blocks(model, blocks, tokens, batch_size, device, few, visit):
 def split_call(call, single, samples, batch_size):
     """The Call of all samples in micro-batches of batch_size: [Call, ...].
 
-    A tensor is split along dimension 0 if that is `samples` times as long as in the Call of a single
+    A tensor is split along dimension 0 if that is `samples` times as long as in the Call of one
     sample. What cannot be split (hidden states with another dimension first, dicts and objects in
     which blocks leave something for later ones) goes to the block as it is, at once.
     """
@@ -977,13 +998,14 @@ def quantize_group(block, path, group, statistics, call, bits, group_size, scale
     if not (C.isfinite().all() and s_X.isfinite().all()):
         raise ValueError(f"the input of {path}.{group.layers[0]} contains NaN or Inf")
     if scale and (fold or input_scale):
-        rows, storable, dtype = torch.arange(W.shape[1]), None, layers[0].weight.dtype
+        rows, dtype = torch.arange(W.shape[1]), layers[0].weight.dtype
         if fold:
             rows = fold.rows
             storable = storable_scale(block.get_submodule(fold.producer), fold.kind, rows)
             line.update(folded_into=f"{path}.{fold.producer}", fold=fold.kind)
         else:
-            storable = lambda s: 1 / (1 / s).to(dtype).float()
+            def storable(s):
+                return 1 / (1 / s).to(dtype).float()
             line.update(folded_into="the layers' input_scale", fold="input")
         rows = rows.to(W.device)
         found = search_scale(W, C, shared_score(s_X, rows), bits, G, clip, storable=storable)
@@ -992,6 +1014,7 @@ def quantize_group(block, path, group, statistics, call, bits, group_size, scale
         if fold:
             apply_fold(block, group, call, found.s)
     else:
+        line["reason"] = group.reason if scale else "scale is False"
         found = search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
     if rounding:
         rounding = partial(rounding, C=C / (found.s[:, None] * found.s))    # the Gram of X / s
@@ -1219,7 +1242,7 @@ def shared_modules(model):
 
 
 def skip_fused(model, prefix):
-    """{name: reason} for the modules of blocks that hold fused experts, [experts, rows, columns]."""
+    """{name: reason} for the modules of blocks that hold fused experts [experts, rows, columns]."""
     sizes = {name: sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
              for name, module in model.named_modules() if name.startswith(prefix + ".")
              and not isinstance(module, (nn.Conv1d, nn.Linear))}
@@ -1939,8 +1962,8 @@ def print_report(report):
     for line in report["groups"]:
         layers = ", ".join(name.split(f".{line['block']}.", 1)[-1] for name in line["layers"])
         ratio = line["loss"] / line["loss_rtn"] if line["loss_rtn"] else 1.0
-        print(f"| {line['block']}: {layers} | {line['folded_into'] or 'nothing: s = 1'} "
-              f"| {line['alpha']:.2f} | {ratio:.3f} |")
+        fold = line["folded_into"] or f"nothing, s = 1: {line['reason']}"
+        print(f"| {line['block']}: {layers} | {fold} | {line['alpha']:.2f} | {ratio:.3f} |")
     for name, reason in report["skipped"].items():
         print(f"not quantised: {name}: {reason}")
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["stages"].items())

@@ -3,7 +3,8 @@ import copy
 
 import pytest
 import torch
-from conftest import llama, opt
+from conftest import llama, opt, randomize
+from test_architectures import small_model
 from torch import nn
 
 import awq
@@ -406,3 +407,433 @@ def test_each_layer_of_a_group_is_packed_with_its_own_rows():
     for layer, rows in ((block.wide, slice(0, 32)), (block.last, slice(32, 64))):
         expected = awq.fake_quantize(W[rows], 4, 32, shrink[:, rows])
         assert torch.equal(layer.dequantized_weight(), expected)
+
+
+# ---- Where s leaves ------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """norm -> up -> activation -> down; `also` may read the norm's output as a second branch."""
+
+    def __init__(self, activation, also=None):
+        super().__init__()
+        self.norm, self.activation, self.also = nn.LayerNorm(32), activation, also
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, hidden_states):
+        x = self.norm(hidden_states)
+        y = self.down(self.activation(self.up(x)))
+        return hidden_states + y + (0 if self.also is None else self.also(x))
+
+
+def squared_relu(x):
+    return nn.functional.relu(x).square()
+
+
+@pytest.mark.parametrize("activation, kind", [
+    (nn.functional.relu, "rows"), (squared_relu, "root rows"), (nn.functional.gelu, None),
+    (nn.functional.silu, None)])
+def test_activations_that_commute_with_s_are_folded_through(activation, kind):
+    groups, _ = awq.plan_block(Mlp(activation), awq.Call((torch.randn(2, 7, 32),), {}), 4, 32)
+    assert groups[1].layers == ("down",)
+    assert (groups[1].fold and groups[1].fold.kind) == kind
+    assert kind or "tried: up" in groups[1].reason
+
+
+@pytest.mark.parametrize("also, fold", [(nn.Linear(32, 32), ("norm", "gain")), (torch.tanh, None)])
+def test_a_second_branch_that_reads_the_norm(also, fold):
+    """A parallel Linear shares s; anything else that reads the norm keeps it from being folded."""
+    call = awq.Call((torch.randn(2, 7, 32),), {})
+    groups, _ = awq.plan_block(Mlp(nn.functional.relu, also), call, 4, 32)
+    group = next(group for group in groups if "up" in group.layers)
+    assert (group.fold and (group.fold.producer, group.fold.kind)) == fold
+    assert group.layers == (("up", "also") if fold else ("up",))
+
+
+class HeadNorm(nn.Module):
+    """A gain of 16 for each of four heads, between two Linears; v's rows are not folded into."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.out = nn.Linear(64, 64), nn.LayerNorm(16), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x + self.out(self.norm(self.inner(x).unflatten(-1, (4, 16))).flatten(-2))
+
+
+def test_a_gain_that_all_heads_share_takes_a_shared_s():
+    groups, _ = awq.plan_block(HeadNorm(), awq.Call((torch.randn(2, 7, 64),), {}), 4, 32)
+    fold = groups[1].fold
+    assert (fold.producer, fold.kind) == ("norm", "gain")
+    assert fold.rows.tolist() == list(range(16)) * 4
+
+
+@pytest.mark.parametrize("kind", ["rows", "root rows", "gain", "1 + gain"])
+def test_a_bias_is_divided_with_its_channels(kind):
+    producer = nn.Linear(8, 4) if "rows" in kind else nn.LayerNorm(4)
+    producer.bias.data.fill_(3.0)
+    awq.divide_output(producer, kind, torch.arange(4), torch.tensor([4.0, 1, 4, 16]))
+    expected = [1.5, 3, 1.5, 0.75] if kind == "root rows" else [0.75, 3, 0.75, 3 / 16]
+    assert producer.bias.tolist() == expected
+
+
+def test_s_is_equal_over_repeated_heads_before_the_search(tokens, monkeypatch):
+    """The score that the search sees, and the s it returns, are shared; so is what is folded."""
+    seen = []
+    search = awq.search_scale
+
+    def spy(W, C, s_X, *args, **kwargs):
+        seen.append((s_X, search(W, C, s_X, *args, **kwargs)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(awq, "search_scale", spy)
+    report = awq.quantize_model(llama(layers=1), tokens, 4, 32, clip=False, progress=False)
+    assert [line["layers"][0].rpartition(".")[2] for line in report["groups"]][1] == "o_proj"
+    for x in (seen[-2][0], seen[-2][1].s):      # the groups are searched from the last to the first
+        heads = x.view(2, 2, 16)
+        assert torch.equal(heads[:, 0], heads[:, 1]) and not torch.equal(heads[0], heads[1])
+
+
+class Leaves(Mlp):
+    """Also puts what it computed into a dict it was given, for a later block."""
+
+    def forward(self, hidden_states, store):
+        store["up"] = self.up(self.norm(hidden_states))
+        return hidden_states + self.down(nn.functional.relu(store["up"]))
+
+
+def test_what_a_block_leaves_for_later_ones_must_not_change():
+    call = awq.Call((torch.randn(2, 7, 32),), {"store": {}})
+    groups, _ = awq.plan_block(Leaves(None), call, 4, 32)
+    assert groups[0].fold.producer == "norm" and groups[1].fold is None
+
+
+# ---- Layers that stay, and mixtures of experts ---------------------------------------------------
+
+
+class Experts(nn.Module):
+    """A mixture of `count` experts of two nn.Linears, two for each token, and a shared expert."""
+
+    def __init__(self, count=8):
+        super().__init__()
+        self.router = nn.Linear(64, count)
+        self.up = nn.ModuleList(nn.Linear(64, 64) for _ in range(count))
+        self.down = nn.ModuleList(nn.Linear(64, 64) for _ in range(count))
+        self.shared = nn.ModuleDict({"up": nn.Linear(64, 64), "down": nn.Linear(64, 64)})
+
+    def forward(self, x):
+        scores, chosen = self.router(x).softmax(-1).topk(2)         # [B, T, 2]
+        y = self.shared["down"](nn.functional.relu(self.shared["up"](x)))
+        for i, (up, down) in enumerate(zip(self.up, self.down)):
+            weight = (scores * (chosen == i)).sum(-1)
+            mine = weight > 0
+            y[mine] += weight[mine, None] * down(nn.functional.relu(up(x[mine])))
+        return y
+
+
+class MoeBlock(nn.Module):
+    def __init__(self, count=8):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(64), Experts(count)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_routers_stay_and_experts_are_quantised(count):
+    """64 experts: most tokens of the probe reach few, so it is repeated until all are known."""
+    torch.manual_seed(0)
+    call = awq.Call((torch.randn(1, 31, 64),), {})
+    groups, skipped = awq.plan_block(MoeBlock(count), call, 4, 32)
+    assert list(skipped) == ["mlp.router"] and "a router" in skipped["mlp.router"]
+    folds = {group.layers: group.fold and group.fold.producer for group in groups}
+    assert len(folds) == 2 * count + 2
+    assert all(folds[(f"mlp.down.{i}",)] == f"mlp.up.{i}" for i in range(count))
+    assert all(folds[(f"mlp.up.{i}",)] is None for i in range(count))   # they share the norm
+    shared = next(group for group in groups if group.layers == ("mlp.shared.up",))
+    assert shared.kept == ("mlp.router",) and shared.fold is None
+
+
+def test_a_router_that_reads_the_scaled_tensor_is_scaled_with_it():
+    """Only the router and the shared expert read the norm: both times s, the router not packed."""
+    block = MoeBlock()
+    block.mlp.up = block.mlp.down = nn.ModuleList()
+    call = awq.Call((torch.randn(1, 31, 64),), {})
+    groups, _ = awq.plan_block(block, call, 4, 32)
+    assert groups[0].kept == ("mlp.router",) and groups[0].fold.producer == "norm"
+    before = block.mlp.router.weight.detach().clone()
+    s = torch.linspace(0.5, 2, 64)
+    awq.apply_fold(block, groups[0], call, s)
+    assert torch.allclose(block.mlp.router.weight, before * s)
+
+
+def with_experts(layers=2):
+    model = llama(layers=layers)
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Experts()
+    return model
+
+
+def test_experts_with_too_few_tokens_are_rounded_and_named(tokens):
+    """No token at all for expert 3 of block 1: plain rounding, and the report says so."""
+    model = with_experts()
+    model.model.layers[1].mlp.router.bias.data[3] = -1e9
+    W = model.model.layers[1].mlp.down[3].weight.detach().clone()
+    report = awq.quantize_model(model, tokens, 4, 32, progress=False)
+    lines = {line["layers"][0]: line for line in report["groups"]}
+    line = lines["model.layers.1.mlp.down.3"]
+    assert "0 of 192 calibration tokens" in line["reason"] and line["folded_into"] is None
+    layer = model.model.layers[1].mlp.down[3]
+    assert torch.equal(layer.dequantized_weight(), awq.fake_quantize(W, 4, 32))
+    assert lines["model.layers.1.mlp.down.2"]["fold"] == "rows"
+    assert isinstance(model.model.layers[1].mlp.router, nn.Linear)
+    assert model(tokens).logits.isfinite().all()
+
+
+def test_a_dense_layer_is_searched_however_few_tokens_there_are():
+    report = awq.quantize_model(llama(), torch.arange(8).view(1, 8), 4, 32, progress=False)
+    assert not any("too few" in line["reason"] for line in report["groups"])
+
+
+def test_one_layer_used_by_two_blocks_is_left_alone(tokens):
+    """Nor is a norm that two blocks share divided by s."""
+    model = llama()
+    first, second = model.model.layers
+    second.mlp.up_proj, second.input_layernorm = first.mlp.up_proj, first.input_layernorm
+    shared, gain = first.mlp.up_proj, first.input_layernorm.weight.detach().clone()
+    report = awq.quantize_model(model, tokens, 4, 32, progress=False)
+    assert first.mlp.up_proj is second.mlp.up_proj is shared and isinstance(shared, nn.Linear)
+    assert torch.equal(first.input_layernorm.weight, gain)
+    for i in (0, 1):
+        assert "shared with another" in report["skipped"][f"model.layers.{i}.mlp.up_proj"]
+        assert "shares its input" in report["skipped"][f"model.layers.{i}.mlp.gate_proj"]
+    left = [line for line in report["groups"] if line["layers"][0].endswith("q_proj")]
+    assert not any(line["folded_into"] for line in left)
+
+
+def test_an_odd_layer_of_another_module_does_not_keep_its_neighbours_back():
+    """q, k and v are all quantised or none; a gate elsewhere that reads the same tensor is kept."""
+    class Gated(Mlp):
+        def forward(self, hidden_states):
+            x = self.norm(hidden_states)
+            y = self.inner["down"](nn.functional.relu(self.inner["up"](x)))
+            return hidden_states + self.gate(x).sigmoid() * y
+
+    block = Gated(None)
+    block.inner = nn.ModuleDict({"up": block.up, "down": block.down})
+    block.gate = nn.Linear(32, 1)
+    del block.up, block.down
+    groups, skipped = awq.plan_block(block, awq.Call((torch.randn(2, 7, 32),), {}), 4, 32)
+    assert [group.layers for group in groups] == [("inner.up",), ("inner.down",)]
+    assert groups[0].kept == ("gate",) and groups[0].fold.producer == "norm"
+    assert list(skipped) == ["gate"]
+
+
+def test_conv1d_becomes_the_linear_it_is(tokens):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=4)).eval()
+    model.transformer.h[0].attn.c_attn.bias.data.normal_()
+    expected = model(tokens).logits
+    awq.replace_conv1d(model)
+    assert type(model.transformer.h[0].attn.c_attn) is nn.Linear
+    assert torch.allclose(model(tokens).logits, expected, atol=1e-5)
+    rows = {group.layers: group.fold and group.fold.rows.tolist()
+            for group in awq.plan_model(model, tokens, 4, 32)[0][0]}
+    assert rows[("attn.c_proj",)] == list(range(128, 192))      # v, the last third of a fused qkv
+    assert rows[("mlp.c_fc",)] == list(range(64)) and rows[("mlp.c_proj",)] is None     # GELU
+
+
+# ---- s without a fold ----------------------------------------------------------------------------
+
+
+def test_input_scale_keeps_what_cannot_be_folded(tokens, tmp_path):
+    """GELU: fc2 multiplies its own input by 1/s, gains by it, and is refused by save."""
+    plain, scaled = opt(activation_function="gelu"), opt(activation_function="gelu")
+    a = awq.quantize_model(plain, tokens, 3, 32, clip=False, progress=False)
+    b = awq.quantize_model(scaled, tokens, 3, 32, clip=False, progress=False, input_scale=True)
+    assert all(line["folded_into"] for line in b["groups"])
+    assert all(bool(line["reason"]) != bool(line["folded_into"]) for line in a["groups"])
+    layer = scaled.model.decoder.layers[0].fc2
+    assert layer.input_scale.shape == (128,) and layer.input_scale.std() > 0
+    assert plain.model.decoder.layers[0].fc2.input_scale is None
+    assert awq.loss_ratio(b["groups"]) < awq.loss_ratio(a["groups"])
+    x = torch.randn(3, 128)
+    assert torch.allclose(layer(x), x @ layer.weight.T + layer.bias, atol=1e-4)
+    with pytest.raises(ValueError, match="input_scale: model.decoder.layers.0.fc2"):
+        awq.save_quantized(scaled, tmp_path / "model")
+    awq.save_quantized(plain, tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_scale_computes_the_same_function(dtype, tokens):
+    model = opt(dtype, activation_function="gelu", do_layer_norm_before=False)
+    expected = model(tokens).logits.float()
+    awq.quantize_model(model, tokens, 8, 32, progress=False, input_scale=True)
+    assert (model(tokens).logits.float() - expected).norm() < 0.05 * expected.norm()
+
+
+# ---- What a model does with its blocks -----------------------------------------------------------
+
+
+def gemma3(**changes):
+    """Sliding and full attention in turn, each with a rotary table of its own."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    torch.manual_seed(0)
+    return randomize(Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"], **changes)), torch.float32)
+
+
+def bloom():
+    """A position bias with the samples and the heads in one dimension."""
+    from transformers import BloomConfig, BloomForCausalLM
+    torch.manual_seed(0)
+    return randomize(BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=64, n_layer=2,
+                                                  n_head=4)), torch.float32)
+
+
+def changes_between():
+    """XLM: attention and residuals happen outside the list of MLPs that are its blocks here."""
+    return small_model("xlm")
+
+
+def per_token():
+    """Gemma 4: every block is also given something for each token."""
+    return small_model("gemma4_text")
+
+
+BUILDS = [llama, gemma3, bloom, changes_between, per_token]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_the_walk_runs_the_model_as_it_is(build, batch_size, tokens):
+    """What the last block returns in the walk is what it returns in the quantised model."""
+    model, seen = build(), []
+    awq.find_blocks(model)[1][-1].register_forward_hook(
+        lambda _, args, output: seen.append(awq.hidden_of(output)))
+    awq.quantize_model(model, tokens, 4, 32, clip=False, progress=False, batch_size=batch_size)
+    model.base_model(tokens, use_cache=False)
+    assert torch.allclose(seen[-2], seen[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_statistics_do_not_depend_on_micro_batches(build, tokens, monkeypatch):
+    """Masks, rotary tables and biases reach each micro-batch as they reach the whole."""
+    seen, sizes = [], []
+    original = awq.collect_statistics
+
+    def spy(block, groups, calls):
+        sizes.append(len(calls))
+        seen.append(original(block, groups, calls))
+        return seen[-1]
+
+    monkeypatch.setattr(awq, "collect_statistics", spy)
+    for batch_size in (3, 8):
+        awq.quantize_model(build(), tokens, 8, 32, clip=False, progress=False, scale=False,
+                           batch_size=batch_size)
+    # Gemma 4 hands its blocks an object in which they leave keys and values: not split.
+    assert sizes == [1 if build is per_token else 3] * 2 + [1, 1]
+    for split, whole in zip(sum(seen[:2], []), sum(seen[2:], [])):
+        assert split.tokens == whole.tokens == tokens.numel()
+        assert torch.allclose(split.s_X, whole.s_X, rtol=1e-3)
+
+
+class Sharing(nn.Module):
+    """A model whose first block leaves something for the second."""
+
+    class Second(Mlp):
+        def forward(self, hidden_states, store):
+            return super().forward(hidden_states) + store["up"].mean(-1, keepdim=True)
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(96, 32)
+        self.blocks = nn.ModuleList([Leaves(None), self.Second(nn.functional.relu)])
+        self.base_model = self.forward
+
+    def forward(self, input_ids, use_cache):
+        x, store = self.embedding(input_ids), {}
+        for block in self.blocks:
+            x = block(x, store=store)
+        return x
+
+
+def test_a_dict_that_blocks_share_stays_shared(tokens):
+    model = Sharing()
+    few = awq.record_calls(model, model.blocks, tokens[:1, :15])
+    assert list(few[0].kwargs["store"]) == [] and list(few[1].kwargs["store"]) == ["up"]
+    seen = []
+    model.blocks[1].register_forward_hook(lambda _, args, output: seen.append(output))
+    awq.walk_blocks(model, model.blocks, tokens, 3, "cpu", few, lambda *_: None)
+    assert torch.equal(seen[-1], model(tokens, use_cache=False))
+
+
+class ByKeyword(nn.Module):
+    """A block that is called with nothing but keywords."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *, hidden_states, **kwargs):
+        return self.inner(hidden_states, **kwargs)
+
+
+def test_hidden_states_by_keyword(tokens):
+    model, expected = llama(), llama()
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = ByKeyword(layer)
+        model.model.layers[i].register_forward_pre_hook(
+            lambda _, args, kwargs: ((), {"hidden_states": args[0], **kwargs}) if args else None,
+            with_kwargs=True)
+    for one in (model, expected):
+        report = awq.quantize_model(one, tokens, 4, 32, clip=False, progress=False, batch_size=3)
+        assert all(line["folded_into"] for line in report["groups"])
+    assert torch.equal(model(tokens).logits, expected(tokens).logits)
+
+
+def test_blocks_of_different_structure_are_planned_each_once(tokens, monkeypatch):
+    model = with_experts(4)
+    for i in (1, 3):
+        model.model.layers[i].mlp = llama().model.layers[0].mlp
+    planned, original = [], awq.plan_block
+    monkeypatch.setattr(awq, "plan_block", lambda block, *args: (
+        planned.append(type(block.mlp).__name__), original(block, *args))[1])
+    plans = awq.plan_model(model, tokens, 4, 32)[0]
+    assert planned == ["Experts", "LlamaMLP"]
+    assert [len(groups) for groups in plans] == [20, 4, 20, 4]
+
+
+def test_blocks_that_do_not_run_are_passed_over(tokens):
+    """A larger list of blocks of something else, as a vision tower, that no token reaches."""
+    model = llama()
+    model.model.tower = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
+    report = awq.quantize_model(model, tokens, 4, 32, clip=False, progress=False)
+    assert len(report["groups"]) == 8
+    assert report["skipped"]["model.tower.0"] == "outside the decoder blocks"
+
+
+def test_fused_experts_are_reported_with_their_share(tokens):
+    from transformers import MixtralConfig, MixtralForCausalLM
+    torch.manual_seed(0)
+    model = randomize(MixtralForCausalLM(MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)), torch.float32)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    share = sum(size for name, size in sizes.items() if "experts" in name) / sum(sizes.values())
+    report = awq.quantize_model(model, tokens, 4, 32, clip=False, progress=False)
+    assert f"full precision: {share:.0%} of" in report["skipped"]["model.layers.0.mlp.experts"]
+
+
+def test_a_tied_head_stays_tied(tokens, tmp_path):
+    model = llama(tie_word_embeddings=True)
+    awq.quantize_model(model, tokens, 4, 32, clip=False, progress=False)
+    awq.save_quantized(model, tmp_path / "model")
+    loaded = awq.load_quantized(tmp_path / "model")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
