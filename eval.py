@@ -849,7 +849,8 @@ def parts_sentence(bench):
     parts = []
     for bits in (4, 3):
         found = increases(bench, bits, ("rtn", "awq-scale", "awq-clip", "awq"))
-        share = {name: f"{1 - cost / (found['rtn'] or math.nan):.0%}" for name, cost in found.items()}
+        rtn = found["rtn"] or math.nan
+        share = {name: f"{1 - cost / rtn:.0%}" for name, cost in found.items()}
         parts.append(f"at INT{bits} the scale alone takes back {share['awq-scale']} of RTN's loss, "
                      f"clipping alone {share['awq-clip']}, both together {share['awq']}")
     return f"In this run {'; '.join(parts)}."
@@ -898,7 +899,7 @@ def readme_blocks(bench):
 def form(text):
     """What must not drift in a block: the heads and first cells of its tables, less the numbers."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    cells = lines[:2] + [line.split("|")[1] for line in lines[2:]]
+    cells = lines[:1] + [line.split("|")[1].strip() for line in lines[1:]]
     return [re.sub(r"\d[\d.]*", "0", cell) for cell in cells] or [bool(text.strip())]
 
 
