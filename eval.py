@@ -353,7 +353,9 @@ def measure_all(bench):
 def describe_device(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    file = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
+    return f"{model[1] if model else 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def describe(setup):
@@ -632,7 +634,7 @@ def study_methods(bench):
 
 
 def other_documents(args):
-    """(name, calibration text from another source than --calib): see --other."""
+    """Calibration text from another source than --calib, for awq.calibration_tokens."""
     if args.other == "source":
         from tinylm.corpus import stdlib_documents
         return stdlib_documents("train", source=True)
