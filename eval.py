@@ -284,14 +284,14 @@ class Bench(NamedTuple):
 def open_bench(args):
     """Load the model once for its facts, and the two texts."""
     model, tokenizer = load_model(args.model, args.device)
-    window = awq.sequence_length(model, args.window, default=2048)
-    length = awq.sequence_length(model, args.seq_len)
-    windows = test_windows(args.data, tokenizer, window, args.windows)
-    tokens = awq.calibration_tokens(args.calib, tokenizer, args.samples, length, args.seed)
     blocks = len(awq.find_blocks(model)[1])
     block = blocks // 2 if args.block is None else args.block
     if not 0 <= block < blocks:
         raise ValueError(f"--block is {block}: it must be in [0, {blocks - 1}]")
+    window = awq.sequence_length(model, args.window, default=2048)
+    length = awq.sequence_length(model, args.seq_len)
+    windows = test_windows(args.data, tokenizer, window, args.windows)
+    tokens = awq.calibration_tokens(args.calib, tokenizer, args.samples, length, args.seed)
     setup = {"model": str(args.model), "parameters": sum(p.numel() for p in model.parameters()),
              "block": block,
              "data": args.data, "windows": len(windows), "window": window,

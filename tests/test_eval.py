@@ -290,6 +290,8 @@ def test_gptq_has_a_lower_loss_than_rtn_and_stands_dead_channels():
         W_hat = awq.dequantize(*evaluation.gptq(W, 3, 16, C=C, act_order=act_order))
         assert awq.gram_loss(W_hat - W, C) < 0.7 * rounded
         assert (W_hat[:, 5] - W[:, 5]).abs().max() < 1      # a dead channel is still rounded
+        found = evaluation.gptq(W, 3, 16, C=torch.zeros_like(C), act_order=act_order)
+        assert all(torch.equal(a, b) for a, b in zip(found, awq.quantize(W, 3, 16)))
 
 
 def test_rounding_hook_gets_the_gram_of_the_scaled_input(tokens):
@@ -308,6 +310,9 @@ def test_rounding_hook_gets_the_gram_of_the_scaled_input(tokens):
     expected = awq.quantize_model(llama(), tokens, 3, 32, progress=False)
     for line, same in zip(report["groups"], expected["groups"], strict=True):
         assert line["loss"] == pytest.approx(same["loss"], rel=1e-3)
+    report = awq.quantize_model(llama(), tokens, 3, 32, progress=False,
+                                **evaluation.METHODS["gptq"].walk)
+    assert all(line["loss"] < 0.9 * line["loss_rtn"] for line in report["groups"])
 
 
 def test_smoothing_balances_and_leaves_the_output_unchanged(tokens):
