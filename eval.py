@@ -374,9 +374,9 @@ def markdown(rows, digits=3):
         if isinstance(value, float):
             return f"{value:.{digits}f}"
         return "" if value is None else str(value)
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = ["| " + " | ".join(map(cell, line)) + " |"
+             for line in [rows[0].keys(), *(row.values() for row in rows)]]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def recovered(row, rows):
