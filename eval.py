@@ -284,14 +284,14 @@ class Bench(NamedTuple):
 def open_bench(args):
     """Load the model once for its facts, and the two texts."""
     model, tokenizer = load_model(args.model, args.device)
-    window = awq.sequence_length(model, args.window, default=2048)
-    length = awq.sequence_length(model, args.seq_len)
-    windows = test_windows(args.data, tokenizer, window, args.windows)
-    tokens = awq.calibration_tokens(args.calib, tokenizer, args.samples, length, args.seed)
     blocks = len(awq.find_blocks(model)[1])
     block = blocks // 2 if args.block is None else args.block
     if not 0 <= block < blocks:
         raise ValueError(f"--block is {block}: it must be in [0, {blocks - 1}]")
+    window = awq.sequence_length(model, args.window, default=2048)
+    length = awq.sequence_length(model, args.seq_len)
+    windows = test_windows(args.data, tokenizer, window, args.windows)
+    tokens = awq.calibration_tokens(args.calib, tokenizer, args.samples, length, args.seed)
     setup = {"model": str(args.model), "parameters": sum(p.numel() for p in model.parameters()),
              "block": block,
              "data": args.data, "windows": len(windows), "window": window,
@@ -353,7 +353,9 @@ def measure_all(bench):
 def describe_device(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    file = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
+    return f"{model[1] if model else 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def describe(setup):
@@ -372,9 +374,9 @@ def markdown(rows, digits=3):
         if isinstance(value, float):
             return f"{value:.{digits}f}"
         return "" if value is None else str(value)
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = ["| " + " | ".join(map(cell, line)) + " |"
+             for line in [rows[0].keys(), *(row.values() for row in rows)]]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def recovered(row, rows):
@@ -632,7 +634,7 @@ def study_methods(bench):
 
 
 def other_documents(args):
-    """(name, calibration text from another source than --calib): see --other."""
+    """Calibration text from another source than --calib, for awq.calibration_tokens."""
     if args.other == "source":
         from tinylm.corpus import stdlib_documents
         return stdlib_documents("train", source=True)
@@ -849,7 +851,8 @@ def parts_sentence(bench):
     parts = []
     for bits in (4, 3):
         found = increases(bench, bits, ("rtn", "awq-scale", "awq-clip", "awq"))
-        share = {name: f"{1 - cost / (found['rtn'] or math.nan):.0%}" for name, cost in found.items()}
+        rtn = found["rtn"] or math.nan
+        share = {name: f"{1 - cost / rtn:.0%}" for name, cost in found.items()}
         parts.append(f"at INT{bits} the scale alone takes back {share['awq-scale']} of RTN's loss, "
                      f"clipping alone {share['awq-clip']}, both together {share['awq']}")
     return f"In this run {'; '.join(parts)}."
@@ -898,7 +901,7 @@ def readme_blocks(bench):
 def form(text):
     """What must not drift in a block: the heads and first cells of its tables, less the numbers."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    cells = lines[:2] + [line.split("|")[1] for line in lines[2:]]
+    cells = lines[:1] + [line.split("|")[1].strip() for line in lines[1:]]
     return [re.sub(r"\d[\d.]*", "0", cell) for cell in cells] or [bool(text.strip())]
 
 
