@@ -16,12 +16,16 @@ The order makes sense inside a GPU: (word >> 4 i) & 0x000f000f leaves two neighb
 the two halves of a register, and `| 0x6400` makes of an integer q the half 1024 + q.
 
 In this file, top to bottom: packing -> the PyTorch reference -> two weight layouts made for speed
--> the CUDA source (a teaching kernel of 30 lines, the fast one, a dequantiser) -> its build
--> the operator and `awq_linear` -> checks and benchmark (`python kernel.py`).
+-> a C++ kernel for CPUs -> the CUDA source (a teaching kernel of 30 lines, the fast one, a
+dequantiser) -> its build -> the operator and `awq_linear` -> checks and benchmark.
+
+    python kernel.py           check and time the GPU; without one, check the CPU path
+    python kernel.py --cpu     check and time the CPU: tokens a second, dense against packed
 
 Not here: 2, 3 and 8 bits (awq.py dequantises those), gradients, quantised activations. Activations
-are not staged in shared memory, which should pay from 16 tokens up.
-No speed is claimed: on a GPU, `python kernel.py` measures it.
+are not staged in shared memory: from 17 tokens up the four warps that share them read them through
+the L1 cache, and whether staging pays must be measured.
+No speed on a GPU is claimed: none was at hand.
 """
 
 import argparse
@@ -53,9 +57,9 @@ COLUMN_AT = [ORDER.index(j) for j in range(8)]  # column j lies in nibble COLUMN
 # Up to this many tokens the fused kernel, beyond it dequantise + cuBLAS.
 # Not measured yet: an estimate; `python kernel.py` prints both sides.
 FUSED_MAX_TOKENS = 128
-# On a CPU, up to this many tokens the C++ kernel, then `grouped`, then dequantise once and multiply.
-# With one core of an EPYC (AVX2) they cross at about 64 and between 256 and 2048 tokens.
-CPU_MAX_TOKENS, GROUPED_MAX_TOKENS = 32, 256
+# On a CPU, up to this many tokens the C++ kernel (or, without a compiler, `grouped`), beyond it
+# dequantise once and multiply: on one core of an EPYC (AVX2, float32) they cross near 500.
+CPU_MAX_TOKENS = 256
 
 
 # --- packing: all on bytes, little-endian as every machine torch runs on ------------------------
@@ -792,8 +796,8 @@ def _linear(x: Tensor, weight: Tensor, qzeros: Tensor, scales: Tensor, bias: Opt
         if y is not None:
             return y
     if method == "auto":
-        method = ("reference" if x.is_cuda or M > GROUPED_MAX_TOKENS else
-                  "cpu" if M <= CPU_MAX_TOKENS and cpu_library() else "grouped")
+        method = ("reference" if x.is_cuda or M > CPU_MAX_TOKENS else
+                  "cpu" if cpu_library() else "grouped")
     if method == "cpu":
         if weight.dim() != 3 or weight.shape[2] != LANES:
             weight = cpu_repack(restore(weight, N, K))
@@ -1013,7 +1017,7 @@ def benchmark_shape(K, N, copy_rate, device, G=128):
     try:
         tiny = [tinygemm_pack(*w) for w in weights]
     except (RuntimeError, TypeError, AttributeError) as reason:  # private functions of torch
-        print(f"tinygemm is not timed: {reason}", file=sys.stderr)
+        print("tinygemm is not timed:", str(reason).splitlines()[0], file=sys.stderr)
         tiny = None
     rows = []
     for M in TOKENS:
@@ -1028,7 +1032,7 @@ def benchmark_shape(K, N, copy_rate, device, G=128):
         if tiny:
             run["tinygemm"] = lambda i: torch._weight_int4pack_mm(x16, tiny[i][0], G, tiny[i][1])
         for method in ("auto", "fused", "dequantise", "teaching"):
-            if method != "teaching" or M <= 16:  # beyond, it takes longer than all the others
+            if method != "teaching" or M <= 4:  # beyond, it takes longer than all the others
                 run[method] = functools.partial(ours, method)
         exact = exact_product(x, *weights[0], G)
         error = {name: relative_error(f(0), exact) for name, f in run.items()}

@@ -241,6 +241,18 @@ def test_operator_passes_opcheck_and_compiles_without_a_graph_break(dtype):
             assert torch.equal(compiled(x), layer_forward(x))
 
 
+def test_packed_layer_compiles_without_a_graph_break_and_runs_on_meta():
+    import awq
+    layer = awq.AWQLinear.from_weight(torch.randn(64, 128), torch.randn(64), 4, 32)
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        before = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        expected = layer(x)  # rearranges the weight
+        after = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert torch.equal(before, expected) and torch.equal(after, expected)
+        assert awq.AWQLinear(128, 64, device="meta")(x.to("meta")).shape == (3, 64)
+
+
 def test_a_gradient_asked_for_is_an_error_not_a_silence():
     layer, x = random_layer(32, 128, 64, 0), torch.randn(2, 128, requires_grad=True)
     with pytest.raises(RuntimeError, match="autograd"):
