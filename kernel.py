@@ -799,6 +799,8 @@ def _linear(x: Tensor, weight: Tensor, qzeros: Tensor, scales: Tensor, bias: Opt
         method = ("reference" if x.is_cuda or M > CPU_MAX_TOKENS else
                   "cpu" if cpu_library() else "grouped")
     if method == "cpu":
+        if cpu_library() is None:
+            raise RuntimeError("method 'cpu': the C++ code could not be built, see the warning")
         if weight.dim() != 3 or weight.shape[2] != LANES:
             weight = cpu_repack(restore(weight, N, K))
         return cpu_linear(x, weight.contiguous(), qzeros, scales, bias, group_size)
@@ -1146,8 +1148,8 @@ def gpu_tables(device, report, save):
     copy_us = graph_times({"copy": [lambda: target.copy_(source)] * 20})["copy"][0]
     report |= {"copy_TB/s": 2 * source.numel() / copy_us / 1e6, "rows": []}
     del source, target
-    print(f"copy {report['copy_TB/s']:.2f} TB/s. Microseconds: median (10th-90th percentile). TB/s, "
-          "share of copy and ratio to cuBLAS are those of auto.\n")
+    print(f"copy {report['copy_TB/s']:.2f} TB/s. Microseconds: median (10th-90th percentile). "
+          "TB/s, share of copy and ratio to cuBLAS are those of auto.\n")
     names = ("cublas", "tinygemm", "auto", "fused", "dequantise", "teaching")
     for K, N in SHAPES:
         rows = benchmark_shape(K, N, report["copy_TB/s"], device)
@@ -1163,8 +1165,8 @@ def gpu_tables(device, report, save):
         report["FUSED_MAX_TOKENS"] = crossover(report["rows"])
         save()
         torch.cuda.empty_cache()
-    print(f"fused is ahead of dequantise up to M = {report['FUSED_MAX_TOKENS']} (geometric mean over "
-          f"the shapes); this file's FUSED_MAX_TOKENS is {FUSED_MAX_TOKENS}\n")
+    print(f"fused is ahead of dequantise up to M = {report['FUSED_MAX_TOKENS']} (geometric mean "
+          f"over the shapes); this file's FUSED_MAX_TOKENS is {FUSED_MAX_TOKENS}\n")
     report["model"] = benchmark_gpu_model(device)
     print_table([{"7B-shaped model, batch 1": name, "tokens/s": f"{figures['tokens/s']:.1f}",
                   "peak GB": f"{figures['peak_GB']:.1f}"}

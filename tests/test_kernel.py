@@ -136,7 +136,7 @@ def test_cpu_unrepack_inverts_cpu_repack(shape, lanes, seed):
 
 
 def cpu_methods(layer, G):
-    """[(method, weight)]: all that a CPU can do, on the checkpoint's words and on rearranged ones"""
+    """[(method, weight)]: all a CPU can do, on the checkpoint's words and on rearranged ones"""
     ready = kernel.prepare(*layer, G)
     weights = [layer[0]] if ready is None else [layer[0], ready]
     methods = ["auto", "reference", "grouped"] + ["cpu"] * (ready is not None)
@@ -193,6 +193,8 @@ def test_no_compiler_is_a_warning_and_the_same_numbers(monkeypatch):
     with pytest.warns(UserWarning, match="no-such-compiler"):
         y = kernel.awq_linear(x, *layer, group_size=64)
     assert kernel.prepare(*layer, 64) is None
+    with pytest.raises(RuntimeError, match="could not be built"):
+        kernel.awq_linear(x, *layer, group_size=64, method="cpu")
     assert_close(y, x, float64_weight(*layer, 64), None)
 
 
@@ -357,8 +359,10 @@ class Arena:
 
     def gaps(self):
         """All bytes that belong to no tensor"""
-        ends = [0] + [t.data_ptr() - self.begin + at for t, _ in self.tensors for at in (0, t.nbytes)]
-        ends.append(len(self.memory))
+        starts = [tensor.data_ptr() - self.begin for tensor, _ in self.tensors]
+        ends = [0, len(self.memory)] + starts
+        ends += [start + t.nbytes for start, (t, _) in zip(starts, self.tensors, strict=True)]
+        ends.sort()
         return torch.cat([self.memory[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True)])
 
 
