@@ -16,18 +16,23 @@ The order makes sense inside a GPU: (word >> 4 i) & 0x000f000f leaves two neighb
 the two halves of a register, and `| 0x6400` makes of an integer q the half 1024 + q.
 
 In this file, top to bottom: packing -> the PyTorch reference -> two weight layouts made for speed
--> the CUDA source (a teaching kernel of 30 lines, the fast one, a dequantiser) -> its build
--> the operator and `awq_linear` -> checks and benchmark (`python kernel.py`).
+-> a C++ kernel for CPUs -> the CUDA source (a teaching kernel of 30 lines, the fast one, a
+dequantiser) -> its build -> the operator and `awq_linear` -> checks and benchmark.
+
+    python kernel.py           check and time the GPU; without one, check the CPU path
+    python kernel.py --cpu     check and time the CPU: tokens a second, dense against packed
 
 Not here: 2, 3 and 8 bits (awq.py dequantises those), gradients, quantised activations. Activations
-are not staged in shared memory, which should pay from 16 tokens up.
-No speed is claimed: on a GPU, `python kernel.py` measures it.
+are not staged in shared memory: from 17 tokens up the four warps that share them read them through
+the L1 cache, and whether staging pays must be measured.
+No speed on a GPU is claimed: none was at hand.
 """
 
 import argparse
 import ctypes
 import datetime
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -35,6 +40,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -51,9 +57,9 @@ COLUMN_AT = [ORDER.index(j) for j in range(8)]  # column j lies in nibble COLUMN
 # Up to this many tokens the fused kernel, beyond it dequantise + cuBLAS.
 # Not measured yet: an estimate; `python kernel.py` prints both sides.
 FUSED_MAX_TOKENS = 128
-# On a CPU, up to this many tokens the C++ kernel, then `grouped`, then dequantise once and multiply.
-# With one core of an EPYC (AVX2) they cross at about 64 and between 256 and 2048 tokens.
-CPU_MAX_TOKENS, GROUPED_MAX_TOKENS = 32, 256
+# On a CPU, up to this many tokens the C++ kernel (or, without a compiler, `grouped`), beyond it
+# dequantise once and multiply: on one core of an EPYC (AVX2, float32) they cross near 500.
+CPU_MAX_TOKENS = 256
 
 
 # --- packing: all on bytes, little-endian as every machine torch runs on ------------------------
@@ -143,7 +149,7 @@ def grouped(x, qweight, qzeros, scales, bias, group_size):
     are one matrix, the high nibbles another. x [M, K] -> [M, N].
     """
     K, N = qweight.shape[0], scales.shape[1]
-    columns = torch.arange(N).view(-1, 8)[:, ORDER]  # the column of every nibble
+    columns = torch.arange(N, device=x.device).view(-1, 8)[:, ORDER]  # the column of every nibble
     columns = torch.cat([columns[:, 0::2].flatten(), columns[:, 1::2].flatten()])
     scale, zero = scales.float()[:, columns], unpack(qzeros).float()[:, columns]
     octets, x32 = qweight.contiguous().view(torch.uint8), x.float()  # [K, N/2]
@@ -790,9 +796,11 @@ def _linear(x: Tensor, weight: Tensor, qzeros: Tensor, scales: Tensor, bias: Opt
         if y is not None:
             return y
     if method == "auto":
-        method = ("reference" if x.is_cuda or M > GROUPED_MAX_TOKENS else
-                  "cpu" if M <= CPU_MAX_TOKENS and cpu_library() else "grouped")
+        method = ("reference" if x.is_cuda or M > CPU_MAX_TOKENS else
+                  "cpu" if cpu_library() else "grouped")
     if method == "cpu":
+        if cpu_library() is None:
+            raise RuntimeError("method 'cpu': the C++ code could not be built, see the warning")
         if weight.dim() != 3 or weight.shape[2] != LANES:
             weight = cpu_repack(restore(weight, N, K))
         return cpu_linear(x, weight.contiguous(), qzeros, scales, bias, group_size)
@@ -813,7 +821,7 @@ def _cuda(x, weight, qzeros, scales, bias, G, method):
     """The CUDA methods; None: nothing here applies, and "auto" goes on to the reference"""
     properties = torch.cuda.get_device_properties(x.device)
     built = extension((properties.major, properties.minor))
-    (M, K), N = x.shape, scales.shape[1]
+    (M, K), N, weight = x.shape, scales.shape[1], weight.contiguous()
     repacked = weight.dim() == 4
     can = {
         "teaching": x.dtype != torch.float32,
@@ -835,8 +843,7 @@ def _cuda(x, weight, qzeros, scales, bias, G, method):
         return F.linear(x, w_hat, bias)
     y = x.new_empty(M, N)
     if method == "teaching":
-        qweight = restore(weight, N, K).contiguous()
-        built.teaching(x, qweight, qzeros, scales, bias, y, G)
+        built.teaching(x, restore(weight, N, K), qzeros, scales, bias, y, G)
         return y
     x = x if x.data_ptr() % 16 == 0 else x.clone()  # a view at an odd offset: 16-byte loads need it
     blocks = -(-N // built.rows_per_block(M)) * -(-M // built.tokens_per_block(M))
@@ -909,7 +916,8 @@ def awq_linear(x, weight, qzeros, scales, bias=None, *, group_size, method="auto
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}: it must be on x's {x.device}")
     # An operator's dispatch costs a decoded token as much as a small matrix does.
-    plain = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    plain = type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling()
+                                       or torch.is_grad_enabled())
     y = (_linear if plain else linear_op)(x.reshape(-1, K), weight, qzeros, scales, bias,
                                           group_size, method)
     return y.view(*x.shape[:-1], N)
@@ -1008,7 +1016,11 @@ def benchmark_shape(K, N, copy_rate, device, G=128):
     weights = [random_weight(N, K, G, device) for _ in range(1 + max(1, 2 * l2 // size))]
     dense = [dequantise(*w, G, torch.float16).contiguous() for w in weights]
     ready = [prepare(*w, G) for w in weights]
-    tiny = [tinygemm_pack(*w) for w in weights]
+    try:
+        tiny = [tinygemm_pack(*w) for w in weights]
+    except (RuntimeError, TypeError, AttributeError) as reason:  # private functions of torch
+        print("tinygemm is not timed:", str(reason).splitlines()[0], file=sys.stderr)
+        tiny = None
     rows = []
     for M in TOKENS:
         x = torch.randn(M, K, device=device).half()
@@ -1018,10 +1030,11 @@ def benchmark_shape(K, N, copy_rate, device, G=128):
             weight = weights[i][0] if method == "teaching" else ready[i]
             return awq_linear(x, weight, *weights[i][1:], group_size=G, method=method)
 
-        run = {"cublas": lambda i: F.linear(x, dense[i]),
-               "tinygemm": lambda i: torch._weight_int4pack_mm(x16, tiny[i][0], G, tiny[i][1])}
+        run = {"cublas": lambda i: F.linear(x, dense[i])}
+        if tiny:
+            run["tinygemm"] = lambda i: torch._weight_int4pack_mm(x16, tiny[i][0], G, tiny[i][1])
         for method in ("auto", "fused", "dequantise", "teaching"):
-            if method != "teaching" or M <= 16:  # beyond, it takes longer than all the others
+            if method != "teaching" or M <= 4:  # beyond, it takes longer than all the others
                 run[method] = functools.partial(ours, method)
         exact = exact_product(x, *weights[0], G)
         error = {name: relative_error(f(0), exact) for name, f in run.items()}
@@ -1047,8 +1060,11 @@ def decoder(device, dtype, packed, positions, **config):
 
     from awq import AWQLinear
     config = LlamaConfig(**config, dtype=dtype)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+        torch.set_default_dtype(default)
         for block in model.model.layers if packed else ():
             for path, linear in list(block.named_modules()):
                 if isinstance(linear, torch.nn.Linear):
@@ -1096,6 +1112,7 @@ def benchmark_gpu_model(device, steps=64):
     """Tokens a second of a LLaMA-7B-shaped model in one CUDA graph, batch 1: float16 and packed"""
     report = {}
     for name, packed in (("float16", False), ("packed", True)):
+        gc.collect()  # the model before is gone before this one's memory is measured
         step = decoder(device, torch.float16, packed, 2 * steps, vocab_size=32000,
                        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                        num_attention_heads=32)
@@ -1131,8 +1148,8 @@ def gpu_tables(device, report, save):
     copy_us = graph_times({"copy": [lambda: target.copy_(source)] * 20})["copy"][0]
     report |= {"copy_TB/s": 2 * source.numel() / copy_us / 1e6, "rows": []}
     del source, target
-    print(f"copy {report['copy_TB/s']:.2f} TB/s. Microseconds: median (10th-90th percentile). TB/s, "
-          "share of copy and ratio to cuBLAS are those of auto.\n")
+    print(f"copy {report['copy_TB/s']:.2f} TB/s. Microseconds: median (10th-90th percentile). "
+          "TB/s, share of copy and ratio to cuBLAS are those of auto.\n")
     names = ("cublas", "tinygemm", "auto", "fused", "dequantise", "teaching")
     for K, N in SHAPES:
         rows = benchmark_shape(K, N, report["copy_TB/s"], device)
@@ -1148,8 +1165,8 @@ def gpu_tables(device, report, save):
         report["FUSED_MAX_TOKENS"] = crossover(report["rows"])
         save()
         torch.cuda.empty_cache()
-    print(f"fused is ahead of dequantise up to M = {report['FUSED_MAX_TOKENS']} (geometric mean over "
-          f"the shapes); this file's FUSED_MAX_TOKENS is {FUSED_MAX_TOKENS}\n")
+    print(f"fused is ahead of dequantise up to M = {report['FUSED_MAX_TOKENS']} (geometric mean "
+          f"over the shapes); this file's FUSED_MAX_TOKENS is {FUSED_MAX_TOKENS}\n")
     report["model"] = benchmark_gpu_model(device)
     print_table([{"7B-shaped model, batch 1": name, "tokens/s": f"{figures['tokens/s']:.1f}",
                   "peak GB": f"{figures['peak_GB']:.1f}"}
@@ -1210,4 +1227,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.modules["kernel"] = sys.modules["__main__"]  # awq.py shall not import this file again
     raise SystemExit(main())

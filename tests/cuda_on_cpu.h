@@ -78,7 +78,7 @@ inline void fail(const char* message) {
 
 #define UNCHECKED __attribute__((no_sanitize("kernel-address")))
 UNCHECKED inline void check_access(size_t address, size_t size, bool store) {
-  if (address + size <= arena.begin || address >= arena.end) return;  // stack, shared, the arguments
+  if (address + size <= arena.begin || address >= arena.end) return;  // stack, shared memory
   if (size <= 16 && address % size) return fail("an access that is not aligned to its size");
   for (int i = 0; i < tensor_count; i++) {
     const Range& tensor = tensors[i];

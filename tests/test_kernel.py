@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_cpu_unrepack_inverts_cpu_repack(shape, lanes, seed):
 
 
 def cpu_methods(layer, G):
-    """[(method, weight)]: all that a CPU can do, on the checkpoint's words and on rearranged ones"""
+    """[(method, weight)]: all a CPU can do, on the checkpoint's words and on rearranged ones"""
     ready = kernel.prepare(*layer, G)
     weights = [layer[0]] if ready is None else [layer[0], ready]
     methods = ["auto", "reference", "grouped"] + ["cpu"] * (ready is not None)
@@ -192,6 +193,8 @@ def test_no_compiler_is_a_warning_and_the_same_numbers(monkeypatch):
     with pytest.warns(UserWarning, match="no-such-compiler"):
         y = kernel.awq_linear(x, *layer, group_size=64)
     assert kernel.prepare(*layer, 64) is None
+    with pytest.raises(RuntimeError, match="could not be built"):
+        kernel.awq_linear(x, *layer, group_size=64, method="cpu")
     assert_close(y, x, float64_weight(*layer, 64), None)
 
 
@@ -238,6 +241,18 @@ def test_operator_passes_opcheck_and_compiles_without_a_graph_break(dtype):
         x = torch.randn(shape).to(dtype)
         with torch.no_grad():
             assert torch.equal(compiled(x), layer_forward(x))
+
+
+def test_packed_layer_compiles_without_a_graph_break_and_runs_on_meta():
+    import awq
+    layer = awq.AWQLinear.from_weight(torch.randn(64, 128), torch.randn(64), 4, 32)
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        before = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        expected = layer(x)  # rearranges the weight
+        after = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert torch.equal(before, expected) and torch.equal(after, expected)
+        assert awq.AWQLinear(128, 64, device="meta")(x.to("meta")).shape == (3, 64)
 
 
 def test_a_gradient_asked_for_is_an_error_not_a_silence():
@@ -344,8 +359,10 @@ class Arena:
 
     def gaps(self):
         """All bytes that belong to no tensor"""
-        ends = [0] + [t.data_ptr() - self.begin + at for t, _ in self.tensors for at in (0, t.nbytes)]
-        ends.append(len(self.memory))
+        starts = [tensor.data_ptr() - self.begin for tensor, _ in self.tensors]
+        ends = [0, len(self.memory)] + starts
+        ends += [start + t.nbytes for start, (t, _) in zip(starts, self.tensors, strict=True)]
+        ends.sort()
         return torch.cat([self.memory[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True)])
 
 
@@ -444,6 +461,83 @@ def test_dequantise_kernel_with_a_group_of_8():
     layer = random_layer(24, 72, 8, 0)
     w_hat = on_cpu(kernel.CUDA, "dequantise", torch.zeros(1, 72).half(), layer, None, 8)
     assert torch.equal(w_hat, kernel.dequantise(*layer, 8, torch.float16))
+
+
+class BuiltForCpu:
+    """What kernel.extension returns, its functions with kernel.BINDING's arguments, on the CPU"""
+
+    def __init__(self, record):
+        self.library, self.record = cpu_build(kernel.CUDA), record
+        self.library.cpu_start(0, ctypes.c_size_t(0), ctypes.c_size_t(0))
+        self.rows_per_block = self.library.awq_rows_per_block
+        self.tokens_per_block = self.library.awq_tokens_per_block
+
+    def run(self, name, dtype, tensors, sizes):
+        assert all(t is None or t.is_contiguous() for t in tensors)
+        self.record.append((name, sizes[-1]))
+        getattr(self.library, "awq_" + name)(ctypes.c_bool(dtype == torch.bfloat16),
+                                             *map(pointer, tensors), *sizes, None)
+        assert not self.library.cpu_error(), self.library.cpu_error().decode()
+
+    def fused(self, x, words, qzeros, scales, bias, y, partial, arrived, G, splits):
+        assert x.data_ptr() % 16 == 0 and words.data_ptr() % 16 == 0
+        assert splits == 1 or (partial.shape, len(arrived)) == (
+            (splits, *y.shape), -(-y.shape[1] // self.rows_per_block(len(x)))
+            * -(-len(x) // self.tokens_per_block(len(x))))
+        self.run("fused", x.dtype, (x, words, qzeros, scales, bias, y, partial, arrived),
+                 (*y.shape, x.shape[1], G, splits))
+
+    def teaching(self, x, qweight, qzeros, scales, bias, y, G):
+        self.run("teaching", x.dtype, (x, qweight, qzeros, scales, bias, y),
+                 (*y.shape, x.shape[1], G))
+
+    def dequantise(self, words, qzeros, scales, w_hat, G):
+        self.run("dequantise", w_hat.dtype, (words, qzeros, scales, w_hat), (*w_hat.shape, G))
+
+
+@pytest.fixture
+def gpu_on_cpu(monkeypatch):
+    """kernel._cuda believes in an sm_90 GPU of 20 SMs; the calls it makes are recorded"""
+    record = []
+    gpu = types.SimpleNamespace(major=9, minor=0, multi_processor_count=20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(kernel, "extension", lambda capability: BuiltForCpu(record))
+    return gpu, record
+
+
+@needs_cxx
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N, K, G", [(40, 2304, 128), (24, 2048, 32), (72, 1160, 1160)])
+def test_what_the_gpu_path_launches_equals_float64(N, K, G, dtype, gpu_on_cpu):
+    """Python's side of the CUDA path: choice of kernel, splits, workspaces, alignment"""
+    layer, bias = random_layer(N, K, G, 0), torch.randn(N).to(dtype)
+    W, words = float64_weight(*layer, G), kernel.repack(layer[0])
+    for M, method in ((1, "fused"), (1, "auto"), (17, "auto"), (3, "teaching"), (3, "dequantise"),
+                      (kernel.FUSED_MAX_TOKENS + 1, "auto")):
+        x = torch.randn(M * K + 1).to(dtype)[1:].view(M, K)  # at an address 16 does not divide
+        y = kernel._cuda(x, words, *layer[1:], bias, G, method)
+        rounded = 0 if method == "fused" or M in (1, 17) else 2 * HALF_ULP[dtype]
+        assert_close(y, x, W, bias, rounded + (K * 2.0**-24 if method == "teaching" else 0))
+    names, last = zip(*gpu_on_cpu[1], strict=True)
+    assert names == ("fused", "fused", "fused", "teaching", "dequantise", "dequantise")
+    assert last[0] == {2304: 2, 2048: 2, 1160: 1}[K]  # splits
+
+
+def test_what_the_gpu_path_cannot_do_is_named_or_left_to_the_reference(gpu_on_cpu):
+    gpu, record = gpu_on_cpu
+    layer = random_layer(32, 128, 64, 0)
+    words, x = kernel.repack(layer[0]), torch.randn(2, 128)
+    assert kernel._cuda(x, words, *layer[1:], None, 64, "auto") is None
+    with pytest.raises(ValueError, match="'fused' does not do x torch.float32"):
+        kernel._cuda(x, words, *layer[1:], None, 64, "fused")
+    with pytest.raises(ValueError, match="repacked weight: False"):
+        kernel._cuda(x.half(), layer[0], *layer[1:], None, 64, "dequantise")
+    gpu.major, gpu.minor = 7, 5
+    with pytest.raises(ValueError, match="sm_75"):
+        kernel._cuda(x.bfloat16(), words, *layer[1:], None, 64, "fused")
+    kernel._cuda(x.half(), words, *layer[1:], None, 64, "fused")
+    kernel._cuda(x.bfloat16(), words, *layer[1:], None, 64, "auto")
+    assert [name for name, _ in record] == ["fused", "dequantise"]
 
 
 # what is broken -> (a piece of the CUDA text, the part of it to replace, by what)
