@@ -165,6 +165,8 @@ def test_cpu_kernel_was_built_and_is_what_few_tokens_get():
     auto, cpu, grouped = (kernel.awq_linear(x, *layer, group_size=64, method=method)
                           for method in ("auto", "cpu", "grouped"))
     assert torch.equal(auto, cpu) and not torch.equal(auto, grouped)
+    other = kernel.cpu_repack(layer[0], 2 * kernel.LANES)  # as a CPU with wider vectors left it
+    assert torch.equal(kernel.awq_linear(x, other, *layer[1:], group_size=64), cpu)
 
 
 @needs_cxx
