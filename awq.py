@@ -42,7 +42,6 @@ import copy
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -736,28 +735,35 @@ def candidate_folds(block, call, order, layers):
                 yield Fold(name, "rows", rows)
 
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")       # of a module in a list, as in experts.3.up
+def numbers_of(block, name):
+    """("experts.{}.up", ["3"]) for experts.3.up: the places in the ModuleLists of a block."""
+    parts = name.split(".")
+    listed = [isinstance(block.get_submodule(".".join(parts[:i])), nn.ModuleList)
+              for i in range(len(parts))]
+    return (".".join("{}" if is_number else part for part, is_number in zip(parts, listed)),
+            [part for part, is_number in zip(parts, listed) if is_number])
 
 
 def plan_group(block, call, order, layers, skipped, shared, known):
     """The Group of the layers that are not skipped, with the first fold that is proven.
 
-    known: {layers, their numbers replaced by *: Group}. Of many experts only the first is searched:
-    for the others its answer is proven first, and where it has none there is none.
+    known: {layers without their numbers: [Group, ...]}. Of many experts only the first are
+    searched: what held for one is proven first for the next, and where two have no fold none has.
     """
     kept = tuple(name for name in layers if name in skipped)
     packed = tuple(name for name in layers if name not in skipped)
     fixed = [name for name in kept if name in shared or order.count(name) > 1]
     if fixed:
         return Group(packed, None, kept, f"{fixed[0]} reads the same tensor and is left alone")
-    like = known.get(tuple(NUMBER.sub("*", name) for name in layers))
-    if like and not like.fold:
-        return Group(packed, None, kept, like.reason)
+    alike = known.get(tuple(numbers_of(block, name)[0] for name in layers), [])
+    if len(alike) > 1 and not any(group.fold for group in alike):
+        return Group(packed, None, kept, alike[0].reason)
     tried, candidates = [], candidate_folds(block, call, order, layers)
-    if like:
-        numbers = iter(NUMBER.findall(layers[0]))
-        name = NUMBER.sub(lambda match: next(numbers, match[0]), like.fold.producer)
-        candidates = chain([like.fold._replace(producer=name)], candidates)
+    if alike and alike[-1].fold:
+        pattern, own = numbers_of(block, alike[-1].fold.producer)
+        numbers = numbers_of(block, layers[0])[1]
+        name = pattern.format(*numbers, *own[len(numbers):])
+        candidates = chain([alike[-1].fold._replace(producer=name)], candidates)
     for fold in candidates:
         if fold.producer in shared:
             continue
@@ -790,7 +796,8 @@ def plan_block(block, call, bits, group_size, shared=()):
                                                group_size))
                 if not skipped.keys() >= set(layers):
                     group = plan_group(block, call, order, layers, skipped, shared, known)
-                    known.setdefault(tuple(NUMBER.sub("*", name) for name in layers), group)
+                    key = tuple(numbers_of(block, name)[0] for name in layers)
+                    known.setdefault(key, []).append(group)
                     groups.append(group)
         reached.update(order)
         if reached.issuperset(linears):

@@ -450,6 +450,16 @@ def test_a_second_branch_that_reads_the_norm(also, fold):
     assert group.layers == (("up", "also") if fold else ("up",))
 
 
+def test_numbers_of_a_sequence_are_no_siblings():
+    """ffn.0 has no fold here (its norm is read by tanh too); ffn.2 is not an expert like it."""
+    block = Mlp(None, torch.tanh)
+    block.ffn = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    del block.up, block.down
+    block.activation, block.up, block.down = block.ffn, nn.Identity(), nn.Identity()
+    groups, _ = awq.plan_block(block, awq.Call((torch.randn(2, 7, 32),), {}), 4, 32)
+    assert folds(groups) == {("ffn.0",): None, ("ffn.2",): ("ffn.0", "rows")}
+
+
 class HeadNorm(nn.Module):
     """A gain of 16 for each of four heads, between two Linears; v's rows are not folded into."""
 
