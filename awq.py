@@ -302,7 +302,9 @@ def group_losses(E, blocks):
     return ((E @ blocks) * E).sum(-1).T
 
 
-SHRINKS = tuple(1 - i / 20 for i in range(11))  # 1, 0.95, ..., 0.5
+# What search_shrink tries, one after the other: (ends of the range, the parts to keep of them).
+BOTH = (((0, 1), tuple(1 - i / 10 for i in range(1, 6))),)                      # 0.9, ..., 0.5
+EACH = tuple(((end,), tuple(1 - i / 80 for i in range(1, 41))) for end in (0, 1))
 
 
 def row_chunks(W):
@@ -314,8 +316,8 @@ def row_chunks(W):
 def search_shrink(W, blocks, bits, group_size, ends, start=None):
     """Per row and group, the shrink of its range with the least e C_gg e^T  (clipping). [2, N, K/G]
 
-    ends: which ends of the range to shrink, one search after the other: ((0, 1),) both by the
-    same part, ((0,), (1,)) the lower, then the upper. start: the shrink to begin with (1).
+    ends: BOTH, by the same part, or EACH on its own, the lower, then the upper. start: the shrink
+    to begin with (1).
     """
     if start is None:
         start = W.new_ones(2, W.shape[0], W.shape[1] // group_size)
@@ -326,9 +328,9 @@ def search_shrink(W, blocks, bits, group_size, ends, start=None):
 def search_rows(W, blocks, bits, group_size, ends, shrink):
     """search_shrink of a few rows."""
     best = group_losses(fake_quantize(W, bits, group_size, shrink) - W, blocks)
-    for end in ends:
+    for end, parts in ends:
         chosen = shrink
-        for kept in SHRINKS[1:]:
+        for kept in parts:
             trial = shrink.clone()
             trial[list(end)] = kept
             losses = group_losses(fake_quantize(W, bits, group_size, trial) - W, blocks)
@@ -361,9 +363,6 @@ class Scaling(NamedTuple):
 def scored(W, C, s, shrink, alpha, bits, group_size):
     """The Scaling with its loss."""
     return Scaling(s, shrink, alpha, scaled_loss(W, C, s, shrink, bits, group_size).item())
-
-
-BOTH, EACH = ((0, 1),), ((0,), (1,))     # ends: shrink both by the same part; each on its own
 
 
 def with_clipping(W, C, choice, bits, group_size, ends):
@@ -408,7 +407,7 @@ def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=l
             tried.append(with_clipping(W, C, tried[-1], bits, group_size, BOTH))
     tried = summed(tried)
     best = min(tried, key=lambda choice: choice.loss)
-    if clip:    # then each end on its own, which costs too much for every alpha
+    if clip:    # then each end on its own, and finer, which costs too much for every alpha
         finals = summed([with_clipping(W, C, choice, bits, group_size, EACH)
                          for choice in (best, tried[1])])
         best = min([best, *finals], key=lambda choice: choice.loss)

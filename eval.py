@@ -113,7 +113,7 @@ def smooth(model, tokens, alpha=0.5):
     """
     plans, prefix, blocks, calls, _ = awq.plan_model(model, tokens, 8, -1)
     todo = [(i, group) for i, plan in enumerate(plans) for group in plan
-            if group.fold and group.fold.kind != "rows"]
+            if group.fold and "rows" not in group.fold.kind]
     statistics = input_statistics(model, tokens, [f"{prefix}.{i}.{g.layers[0]}" for i, g in todo])
     for i, group in todo:
         peak = statistics[f"{prefix}.{i}.{group.layers[0]}"][1]

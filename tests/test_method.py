@@ -205,7 +205,7 @@ def test_shrink_is_the_best_of_its_grid_for_every_group():
     W, X = layer(5)
     blocks = awq.diagonal_blocks(X.T @ X / len(X), 32)
     both = awq.search_shrink(W, blocks, 3, 32, awq.BOTH)
-    upper = awq.search_shrink(W, blocks, 3, 32, [(1,)], both)
+    upper = awq.search_shrink(W, blocks, 3, 32, awq.EACH[1:], both)
     assert torch.equal(both[0], both[1]) and torch.equal(upper[0], both[0])
 
     def loss(n, g, low, high):
@@ -215,9 +215,9 @@ def test_shrink_is_the_best_of_its_grid_for_every_group():
 
     for n in range(3):
         for g in range(2):
-            best = min(loss(n, g, kept, kept) for kept in awq.SHRINKS)
+            best = min(loss(n, g, kept, kept) for kept in (1, *awq.BOTH[0][1]))
             assert math.isclose(loss(n, g, *both[:, n, g]), best, rel_tol=1e-3)
-            best = min(best, *(loss(n, g, both[0, n, g], kept) for kept in awq.SHRINKS))
+            best = min(best, *(loss(n, g, both[0, n, g], kept) for kept in awq.EACH[1][1]))
             assert math.isclose(loss(n, g, *upper[:, n, g]), best, rel_tol=1e-3)
     assert (upper[1] != both[1]).any()
 
@@ -332,9 +332,10 @@ def test_clipping_is_judged_by_the_loss_of_the_unscaled_output():
         return torch.stack([((e_g @ C_gg) * e_g).sum(-1) for e_g, C_gg in zip(
             e.split(32, 1), awq.diagonal_blocks(C, 32).double())], 1)
 
-    best = torch.stack([losses(kept) for kept in awq.SHRINKS]).amin(0)
+    parts = (1.0, *awq.BOTH[0][1])
+    best = torch.stack([losses(kept) for kept in parts]).amin(0)
     chosen = torch.stack([torch.where(choice.shrink[0] == kept, losses(kept), 0)
-                          for kept in [torch.tensor(k).item() for k in awq.SHRINKS]]).sum(0)
+                          for kept in [torch.tensor(k).item() for k in parts]]).sum(0)
     assert torch.allclose(chosen, best, rtol=1e-3)
 
 
