@@ -42,10 +42,11 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -229,6 +230,8 @@ def add_over_ranks(tensor):
     if ranks()[1] > 1:
         try:
             dist.all_reduce(tensor)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ConnectionError(f"rank {ranks()[0]} of {ranks()[1]}: another rank died or did "
                                   f"not answer in time ({error})") from error
@@ -309,7 +312,7 @@ EACH = tuple(((end,), tuple(1 - i / 80 for i in range(1, 41))) for end in (0, 1)
 
 def row_chunks(W):
     """Slices of the rows of W [N, K] that a CPU's cache holds; on other devices all rows at once."""
-    rows = max(1, 2 ** 17 // W.shape[1]) if W.device.type == "cpu" else len(W)
+    rows = max(1, 2 ** 17 // W.shape[1] if W.device.type == "cpu" else len(W))
     return [slice(start, start + rows) for start in range(0, len(W), rows)]
 
 
@@ -321,6 +324,8 @@ def search_shrink(W, blocks, bits, group_size, ends, start=None):
     """
     if start is None:
         start = W.new_ones(2, W.shape[0], W.shape[1] // group_size)
+    if not len(W):      # more ranks than rows
+        return start
     return torch.cat([search_rows(W[rows], blocks, bits, group_size, ends, start[:, rows])
                       for rows in row_chunks(W)], 1)
 
@@ -346,7 +351,7 @@ def scaled_loss(W, C, s, shrink, bits, group_size):
         part = None if shrink is None else shrink[:, rows]
         return gram_loss(fake_quantize(W[rows] * s, bits, group_size, part) / s - W[rows], C)
 
-    return sum(map(loss_of, row_chunks(W)))
+    return sum(map(loss_of, row_chunks(W)), W.new_zeros(()))
 
 
 class Scaling(NamedTuple):
@@ -357,7 +362,7 @@ class Scaling(NamedTuple):
     alpha: float
     loss: float                         # L(s) with this shrink
     loss_rtn: float | None = None       # L(1) without clipping
-    curve: tuple = ()                   # (alpha, clipped or not, L) of all that was tried
+    curve: tuple = ()                   # (alpha, clipped or not, L) of the grid
 
 
 def scored(W, C, s, shrink, alpha, bits, group_size):
@@ -409,7 +414,7 @@ def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=l
     best = min(tried, key=lambda choice: choice.loss)
     if clip:    # then each end on its own, and finer, which costs too much for every alpha
         finals = summed([with_clipping(W, C, choice, bits, group_size, EACH)
-                         for choice in (best, tried[1])])
+                         for choice in [best] + [tried[1]] * (best is not tried[1])])
         best = min([best, *finals], key=lambda choice: choice.loss)
     if best.shrink is not None:
         best = best._replace(shrink=gathered(best.shrink, rows, N))
@@ -762,7 +767,9 @@ def plan_group(block, call, order, layers, skipped, shared, known):
         pattern, own = numbers_of(block, alike[-1].fold.producer)
         numbers = numbers_of(block, layers[0])[1]
         name = pattern.format(*numbers, *own[len(numbers):])
-        candidates = chain([alike[-1].fold._replace(producer=name)], candidates)
+        width = block.get_submodule(layers[0]).in_features
+        if name in order and len(alike[-1].fold.rows) == width:
+            candidates = chain([alike[-1].fold._replace(producer=name)], candidates)
     for fold in candidates:
         if fold.producer in shared:
             continue
@@ -1012,9 +1019,10 @@ def quantize_group(block, path, group, statistics, call, bits, group_size, scale
         else:
             def storable(s):
                 return 1 / (1 / s).to(dtype).float()
-            line.update(folded_into="the layers' input_scale", fold="input")
+            line.update(folded_into="the layers' input_scale", fold="input", reason="")
         rows = rows.to(W.device)
-        found = search_scale(W, C, shared_score(s_X, rows), bits, G, clip, storable=storable)
+        s_X = shared_score(s_X.cpu(), rows.cpu()).to(W.device)  # index_add is exact on CPU only
+        found = search_scale(W, C, s_X, bits, G, clip, storable=storable)
         if refine:
             found = refine_scale(W, C, found, bits, G, clip, refine, rows, storable)
         if fold:
@@ -1095,7 +1103,8 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     "stages" gives the seconds of "plan", "statistics" (first pass, Gram matrices), "search"
     (fold and pack included) and "forward" (second pass, and what the model does between blocks).
     Under torch.distributed every rank calls this with the same model and tokens, runs its slice of
-    the samples and searches its slice of each layer's rows; all end with the same weights.
+    the samples and searches the grid on its slice of each layer's rows (refine and rounding: every
+    rank on all rows); all end with the same weights.
     ValueError for arguments out of range, NaN or Inf in a weight or activation, and when no layer
     can be quantised; ConnectionError if another rank dies. An error after the walk began leaves
     the model partly quantised.
@@ -1108,16 +1117,15 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     plans, prefix, blocks, calls, skipped = plan_model(model, tokens, bits, group_size)
     watch.lap("plan", device)
     groups, mine = [], tokens[my_share(len(tokens))].to(model.device)
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(blocks), desc="quantising", unit="block",
-                                       disable=not progress or ranks()[0] > 0))
-        if device.type == "cuda" and model.dtype != torch.float32:
-            stack.enter_context(tf32_products())
+    hide = not progress or ranks()[0] > 0
+    with tqdm(total=len(blocks), desc="quantising", unit="block", disable=hide) as bar:
+        fast = device.type == "cuda" and model.dtype != torch.float32
 
         def visit(index, block, batches):
             watch.lap("forward", device)
             few, lines = calls[index].to(device), []
-            statistics = collect_statistics(block, plans[index], batches)
+            with tf32_products() if fast else nullcontext():
+                statistics = collect_statistics(block, plans[index], batches)
             watch.lap("statistics", device)
             # not in the paper: last group first, since a fold changes rows of an earlier group,
             # which is then searched and packed as it will be stored.
@@ -1155,7 +1163,7 @@ class Stopwatch:
 
 @contextmanager
 def tf32_products():
-    """float32 products on tensor cores: their 10 bits of mantissa hold 16-bit inputs exactly."""
+    """float32 products on tensor cores: 10 bits of mantissa, all that float16 inputs have."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -1218,8 +1226,9 @@ def plan_model(model, tokens, bits, group_size):
     model.eval()
     replace_conv1d(model)
     prefix, blocks = find_blocks(model)
-    # One sample, as split_call needs it; odd, as no layer's width is, for RouterTrace.
-    length = 29 if tokens.shape[1] == 31 * len(tokens) else 31
+    # One sample, as split_call needs it; odd, as no layer's width is, for RouterTrace; and no
+    # divisor of the sequence, so that split_call takes no [T, ...] tensor for a batch.
+    length = next(n for n in (31, 29, 23) if tokens.shape[1] % n or n == 23)
     calls = record_calls(model, blocks, tokens[:1, :length].to(model.device))
     plans, skipped, known = [], {}, {}
     elsewhere = shared_modules(model)
@@ -1272,6 +1281,7 @@ def round_model(model, bits=4, group_size=128):
     start = time.time()
     tokens = torch.zeros(2, 1, dtype=torch.long)
     check_arguments(model, tokens, bits, group_size)
+    tokens = tokens.expand(2, sequence_length(model, default=31))    # enough to reach all experts
     plans, _, blocks, _, skipped = plan_model(model, tokens, bits, group_size)
     for block, groups in zip(blocks, plans):
         for group in groups:
@@ -1279,7 +1289,7 @@ def round_model(model, bits=4, group_size=128):
             pack_group(block, group, W, None, bits, group_size)
     model.config.quantization_config = checkpoint_config(bits, group_size, list(skipped))
     return {"bits": bits, "group_size": group_size, "groups": [], "skipped": skipped,
-            "seconds": time.time() - start}
+            "seconds": time.time() - start, "stages": {}}
 
 
 # ---- The packed layer ----------------------------------------------------------------------------
@@ -1654,7 +1664,8 @@ def register():
                                                  checkpoint_files)
             # in full paths, whatever the checkpoint said: what a later save_pretrained writes
             config.modules_to_not_convert = sorted(
-                name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+                name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+                or any(p.ndim == 3 for p in module.parameters(recurse=False)))  # fused experts
             return model
 
         def _process_model_after_weight_loading(self, model, **kwargs):
@@ -1956,8 +1967,12 @@ def join_ranks():
         return None
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
     if device:
+        check_device(device)
         torch.cuda.set_device(device)
-    dist.init_process_group(timeout=timedelta(minutes=10))
+    try:
+        dist.init_process_group(timeout=timedelta(minutes=10))
+    except RuntimeError as error:
+        raise ConnectionError(f"the processes of torchrun did not meet: {error}") from error
     return device
 
 

@@ -119,6 +119,7 @@ def smooth(model, tokens, alpha=0.5):
         peak = statistics[f"{prefix}.{i}.{group.layers[0]}"][1]
         W = torch.cat([blocks[i].get_submodule(name).weight.float() for name in group.layers])
         s = peak.clamp(min=1e-5) ** alpha / W.abs().amax(0).clamp(min=1e-5) ** (1 - alpha)
+        s = awq.shared_score(s, group.fold.rows.to(s.device))
         awq.apply_fold(blocks[i], group, calls[i], s)
 
 
