@@ -264,7 +264,11 @@ def test_greedy_text_is_that_of_the_fake_quantised_model(dtype, count, tmp_path)
     ids = AutoTokenizer.from_pretrained(ROOT / "tinylm")("The value of the", return_tensors="pt")
     options = dict(max_new_tokens=count, do_sample=False, pad_token_id=0)
     text = plain_load(tmp_path / "q", dtype=dtype).generate(**ids, **options)
-    assert torch.equal(text, fake.generate(**ids, **options))
+    # Each token is the other model's first choice, ties within the dtype's rounding counted as one.
+    logits = fake(text).logits[0, -count - 1:-1].detach().float()
+    chosen = logits.gather(1, text[0, -count:, None])[:, 0]
+    best = logits.amax(1)
+    assert (best - chosen <= 2 * torch.finfo(dtype).eps * best).all()
     assert len(set(text[0, -count:].tolist())) > 2
 
 
