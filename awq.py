@@ -46,7 +46,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -241,6 +241,23 @@ def add_over_ranks(tensor):
 # ---- Statistics of the calibration inputs --------------------------------------------------------
 
 
+@contextmanager
+def tf32_products(x):
+    """If x, of the model, is 16-bit and on a GPU: float32 products on its tensor cores.
+
+    They read 10 bits of mantissa: all of X, and enough of E and C for a loss good to 1e-3.
+    """
+    if not x.is_cuda or x.dtype == torch.float32:
+        yield
+        return
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 class InputStatistics:
     """s_X [K] and C [K, K] of a layer's input, accumulated in float32 over micro-batches."""
 
@@ -250,12 +267,13 @@ class InputStatistics:
         self.square_sum = torch.zeros(channels, channels, device=device)
 
     def update(self, X):
-        X = X.reshape(-1, X.shape[-1]).float()
-        self.tokens += len(X)
-        self.absolute_sum += X.abs().sum(0)
-        step = -(-X.shape[1] // 8)      # X^T X is symmetric: an eighth of its rows at a time,
-        for i in range(0, X.shape[1], step):                # from the diagonal on
-            self.square_sum[i:i + step, i:].addmm_(X[:, i:i + step].T, X[:, i:])
+        rows = X.reshape(-1, X.shape[-1]).float()           # [T, K]
+        self.tokens += len(rows)
+        self.absolute_sum += rows.abs().sum(0)
+        step = -(-X.shape[-1] // 8)     # X^T X is symmetric: an eighth of its rows at a time,
+        with tf32_products(X):                              # from the diagonal on
+            for i in range(0, X.shape[-1], step):
+                self.square_sum[i:i + step, i:].addmm_(rows[:, i:i + step].T, rows[:, i:])
 
     def add_over_ranks(self):
         """The statistics of all ranks' samples."""
@@ -311,7 +329,7 @@ EACH = tuple(((end,), tuple(1 - i / 80 for i in range(1, 41))) for end in (0, 1)
 
 
 def row_chunks(W):
-    """Slices of the rows of W [N, K] that a CPU's cache holds; on other devices all rows at once."""
+    """Slices of the rows of W [N, K] that a CPU's cache holds; elsewhere all rows at once."""
     rows = max(1, 2 ** 17 // W.shape[1] if W.device.type == "cpu" else len(W))
     return [slice(start, start + rows) for start in range(0, len(W), rows)]
 
@@ -642,7 +660,7 @@ def probe_copy(block):
     """A float32 copy of the block with random weights, its norm gains multiples of 1/16.
 
     Whether a fold is right depends on the block's structure, not on its weights (they may be 0);
-    with these gains (1 + gain) / p - 1 is exact for the powers of two p of the probe.
+    with these gains (1 + gain) / p - 1 is exact for p = 1024 or 1/1024 (see fold_is_exact).
     """
     block = copy.deepcopy(block).float()
     generator = torch.Generator().manual_seed(0)
@@ -657,15 +675,16 @@ def probe_copy(block):
 
 
 def fold_is_exact(block, call, layers, fold):
-    """Prove a fold: scale by random powers of four, which is exact, and compare to the last bit.
+    """Prove a fold: scale by 1/1024, 1 or 1024, which is exact, and compare to the last bit.
 
     True if what the block makes changes when only the producer is divided, and is bitwise the first
     again when the columns of `layers` are multiplied. A residual that also reads the norm, or a
-    GELU between producer and layers, fails here; so does a fold that has no effect at all. The
-    block is left as it was: powers of two are undone exactly. (Of four, for their square roots.)
+    GELU between producer and layers, fails here; so does a clamp, at which 1024 arrives, and a fold
+    that has no effect at all. The block is left as it was: powers of two are undone exactly. (1024
+    has a square root among them.)
     """
     generator = torch.Generator().manual_seed(1)
-    powers = 4.0 ** torch.randint(-1, 2, (int(fold.rows.max()) + 1,), generator=generator)
+    powers = 1024.0 ** torch.randint(-1, 2, (int(fold.rows.max()) + 1,), generator=generator)
     s = powers[fold.rows].to(call.hidden.device)
     producer, rows = block.get_submodule(fold.producer), fold.rows.to(s.device)
     weights = [block.get_submodule(name).weight.data for name in layers]
@@ -684,6 +703,24 @@ def fold_is_exact(block, call, layers, fold):
         weight /= s
     divide_output(producer, fold.kind, rows, 1 / s)
     return exact
+
+
+def is_plain(layer):
+    """Whether a Linear of a probe_copy computes x W^T + b, whatever its class calls itself.
+
+    Falcon's own class does; DeepSeek-V4's, one matrix for each group of heads, does not.
+    """
+    if type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
+        return True
+    x = torch.randn(1, 2, layer.in_features, generator=torch.Generator().manual_seed(2))
+    x = torch.cat([x, 1024 * x], 1).to(layer.weight.device)             # a clamp shows at 1024
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    try:
+        found = layer(x)
+    except Exception:       # its code may want anything else: then it is no Linear
+        return False
+    return (isinstance(found, torch.Tensor) and found.shape == expected.shape
+            and bool(((found - expected).norm(dim=-1) <= 1e-4 * expected.norm(dim=-1)).all()))
 
 
 def trace_rows(block, call, producer, layer, first, count):
@@ -728,6 +765,8 @@ def candidate_folds(block, call, order, layers):
                 yield Fold(name, "gain", rows)
                 yield Fold(name, "1 + gain", rows)
             continue
+        if not is_plain(producer):
+            continue
         R = producer.out_features
         if R == K:
             yield Fold(name, "rows", torch.arange(K))
@@ -756,7 +795,9 @@ def plan_group(block, call, order, layers, skipped, shared, known):
     """
     kept = tuple(name for name in layers if name in skipped)
     packed = tuple(name for name in layers if name not in skipped)
-    fixed = [name for name in kept if name in shared or order.count(name) > 1]
+    K = block.get_submodule(packed[0]).in_features
+    fixed = [name for name in kept if name in shared or order.count(name) > 1
+             or block.get_submodule(name).in_features != K]
     if fixed:
         return Group(packed, None, kept, f"{fixed[0]} reads the same tensor and is left alone")
     alike = known.get(tuple(numbers_of(block, name)[0] for name in layers), [])
@@ -824,6 +865,8 @@ def reasons_to_skip(block, layers, order, routers, shared, bits, group_size):
             reasons[name] = "its weight is shared with another module"
         elif order.count(name) > 1:
             reasons[name] = "used more than once in the block"
+        elif not is_plain(layer):
+            reasons[name] = f"a {type(layer).__name__}, which is not a product with its weight"
         elif group_size != -1 and layer.in_features % group_size:
             reasons[name] = (f"in_features {layer.in_features} is not a multiple of group_size "
                              f"{group_size}")
@@ -868,7 +911,7 @@ def replace_conv1d(model):
 
 
 class _Recorded(Exception):
-    """Ends a forward pass when every block has been called."""
+    """Ends a forward pass, of a model or of a block, when all it is wanted for has been seen."""
 
 
 @torch.no_grad()
@@ -973,74 +1016,97 @@ def join_outputs(outputs, sizes):
 
 
 def collect_statistics(block, groups, calls):
-    """InputStatistics of every group, from one pass of all micro-batches through the block."""
-    statistics = []
+    """InputStatistics of every group, from one pass of all micro-batches through the block.
+
+    Where the first one shows that a layer runs but once, the others' passes end when all groups
+    have seen them: the last layer's product, a fifth of a LLaMA block, has no reader here.
+    """
+    entries, runs, once = {}, {}, False         # runs: of each layer in this micro-batch
+
+    def record(layer, args, kwargs):
+        entries[layer].update((*args, *kwargs.values())[0])
+        runs[layer] += 1
+        if once and all(runs.values()):
+            raise _Recorded
+
     with ExitStack() as hooks:
         for group in groups:
             layer = block.get_submodule(group.layers[0])
-            entry = InputStatistics(layer.in_features, layer.weight.device)
-            statistics.append(entry)
-            hooks.enter_context(layer.register_forward_pre_hook(
-                lambda _, args, kwargs, entry=entry: entry.update((*args, *kwargs.values())[0]),
-                with_kwargs=True))
-        for call in calls:
-            run_block(block, call)
+            entries[layer] = InputStatistics(layer.in_features, layer.weight.device)
+            hooks.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
+        for call in calls if groups else ():
+            runs.update(dict.fromkeys(entries, 0))
+            with suppress(_Recorded):
+                run_block(block, call)
+            once = max(runs.values()) == 1
+    statistics = list(entries.values())
     for entry in statistics:
         entry.add_over_ranks()
     return statistics
 
 
 @torch.no_grad()
-def quantize_group(block, path, group, statistics, call, bits, group_size, scale, clip, refine,
-                   input_scale=False, tokens=0, rounding=None):
+def quantize_group(block, path, group, statistics, call, tokens, *, bits, group_size, scale, clip,
+                   refine, input_scale, rounding):
     """Search s for the layers of a group, fold it and pack them; returns their line of the report.
 
     path: the block's name in the model. tokens: of the calibration set; an expert to which fewer
     than a group's channels were routed is only rounded.
     """
-    layers, fold = [block.get_submodule(name) for name in group.layers], group.fold
-    W = torch.cat([layer.weight.float() for layer in layers])       # [N, K], rows stacked
+    W = torch.cat([block.get_submodule(name).weight.float() for name in group.layers])  # [N, K]
     G = check_grid(bits, group_size, W.shape[1])
     line = {"layers": [f"{path}.{name}" for name in group.layers], "folded_into": None,
-            "fold": None, "reason": group.reason}
+            "fold": None, "reason": group.reason if scale else "scale is False"}
     if statistics.tokens < min(G, tokens):
         pack_group(block, group, W, None, bits, G)
-        return {**line, "alpha": 0.0, "loss_rtn": 0.0, "loss": 0.0, "curve": (), "reason":
+        return {**line, "alpha": 0.0, "loss_rtn": 0.0, "loss": 0.0, "curve": (),
+                "s": torch.ones(W.shape[1]), "reason":
                 f"{statistics.tokens} of {tokens} calibration tokens: too few, plain rounding"}
     C, s_X = statistics.C, statistics.s_X
     if not (C.isfinite().all() and s_X.isfinite().all()):
         raise ValueError(f"the input of {path}.{group.layers[0]} contains NaN or Inf")
-    if scale and (fold or input_scale):
-        rows, dtype = torch.arange(W.shape[1]), layers[0].weight.dtype
-        if fold:
-            rows = fold.rows
-            storable = storable_scale(block.get_submodule(fold.producer), fold.kind, rows)
-            line.update(folded_into=f"{path}.{fold.producer}", fold=fold.kind)
-        else:
-            def storable(s):
-                return 1 / (1 / s).to(dtype).float()
-            line.update(folded_into="the layers' input_scale", fold="input", reason="")
-        rows = rows.to(W.device)
-        s_X = shared_score(s_X.cpu(), rows.cpu()).to(W.device)  # index_add is exact on CPU only
-        found = search_scale(W, C, s_X, bits, G, clip, storable=storable)
-        if refine:
-            found = refine_scale(W, C, found, bits, G, clip, refine, rows, storable)
-        if fold:
+    scaled = scale and (group.fold or input_scale)
+    weight = block.get_submodule(group.layers[0]).weight
+    with tf32_products(weight):
+        found = (search_group(block, group, W, C, s_X, bits, G, clip, refine) if scaled else
+                 search_scale(W, C, s_X, bits, G, clip, alphas=[0.0]))
+    if scaled:
+        if group.fold:
             apply_fold(block, group, call, found.s)
-    else:
-        line["reason"] = group.reason if scale else "scale is False"
-        found = search_scale(W, C, s_X, bits, G, clip, alphas=[0.0])
-    if rounding:
-        rounding = partial(rounding, C=C / (found.s[:, None] * found.s))    # the Gram of X / s
+            line.update(folded_into=f"{path}.{group.fold.producer}", fold=group.fold.kind)
+        else:
+            line.update(folded_into="the layers' input_scale", fold="input", reason="")
+    if rounding:    # of W diag(s), whose input is X / s
+        rounding = partial(rounding, C=C / (found.s[:, None] * found.s))
     pack_group(block, group, W * found.s, found.shrink, bits, G, rounding or quantize)
+    layers = [block.get_submodule(name) for name in group.layers]
     if rounding:
-        W_hat = torch.cat([block.get_submodule(name).weight for name in group.layers])
+        W_hat = torch.cat([layer.weight for layer in layers])
         found = found._replace(loss=gram_loss(W_hat / found.s - W, C).item())
     if line["fold"] == "input":
-        for name in group.layers:
-            block.get_submodule(name).input_scale = (1 / found.s).to(dtype)
+        for layer in layers:
+            layer.input_scale = (1 / found.s).to(weight.dtype)
     return {**line, "alpha": found.alpha, "loss_rtn": found.loss_rtn, "loss": found.loss,
-            "curve": found.curve}
+            "curve": found.curve, "s": found.s.cpu()}
+
+
+def search_group(block, group, W, C, s_X, bits, group_size, clip, refine):
+    """search_scale for an s that the group's producer, or its layers' input_scale, can store."""
+    dtype = block.get_submodule(group.layers[0]).weight.dtype
+    if group.fold:
+        rows = group.fold.rows
+        storable = storable_scale(block.get_submodule(group.fold.producer), group.fold.kind, rows)
+    else:
+        rows = torch.arange(W.shape[1])
+
+        def storable(s):
+            return 1 / (1 / s).to(dtype).float()
+    s_X = shared_score(s_X.cpu(), rows.cpu()).to(W.device)      # index_add is exact on a CPU only
+    found = search_scale(W, C, s_X, bits, group_size, clip, storable=storable)
+    if refine:
+        rows = rows.to(W.device)
+        found = refine_scale(W, C, found, bits, group_size, clip, refine, rows, storable)
+    return found
 
 
 def pack_group(block, group, W, shrink, bits, group_size, rounding=quantize):
@@ -1098,8 +1164,8 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
 
     Returns the report, a dict of "bits", "group_size", "seconds", "skipped" ({layer: reason}) and
     "groups": a list of {"block", "layers", "folded_into", "fold", "reason" (why s = 1), "alpha",
-    "loss_rtn", "loss", "curve"}, losses as in Eq. 4 per token, curve the (alpha, clipped, loss) of
-    the grid.
+    "loss_rtn", "loss", "curve", "s"}, losses as in Eq. 4 per token, curve the (alpha, clipped,
+    loss) of the grid, s [K] float32.
     "stages" gives the seconds of "plan", "statistics" (first pass, Gram matrices), "search"
     (fold and pack included) and "forward" (second pass, and what the model does between blocks).
     Under torch.distributed every rank calls this with the same model and tokens, runs its slice of
@@ -1117,22 +1183,20 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     plans, prefix, blocks, calls, skipped = plan_model(model, tokens, bits, group_size)
     watch.lap("plan", device)
     groups, mine = [], tokens[my_share(len(tokens))].to(model.device)
+    how = {"bits": bits, "group_size": group_size, "scale": scale, "clip": clip, "refine": refine,
+           "input_scale": input_scale, "rounding": rounding}
     hide = not progress or ranks()[0] > 0
     with tqdm(total=len(blocks), desc="quantising", unit="block", disable=hide) as bar:
-        fast = device.type == "cuda" and model.dtype != torch.float32
-
         def visit(index, block, batches):
             watch.lap("forward", device)
             few, lines = calls[index].to(device), []
-            with tf32_products() if fast else nullcontext():
-                statistics = collect_statistics(block, plans[index], batches)
+            statistics = collect_statistics(block, plans[index], batches)
             watch.lap("statistics", device)
             # not in the paper: last group first, since a fold changes rows of an earlier group,
             # which is then searched and packed as it will be stored.
             for group, entry in reversed(list(zip(plans[index], statistics))):
-                line = quantize_group(block, f"{prefix}.{index}", group, entry, few, bits,
-                                      group_size, scale, clip, refine, input_scale, tokens.numel(),
-                                      rounding)
+                line = quantize_group(block, f"{prefix}.{index}", group, entry, few,
+                                      tokens.numel(), **how)
                 lines.insert(0, {"block": index, **line})
             groups.extend(lines)
             bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
@@ -1159,17 +1223,6 @@ class Stopwatch:
         now = time.time()
         self.stages[stage] = self.stages.get(stage, 0.0) + now - self.last
         self.last = now
-
-
-@contextmanager
-def tf32_products():
-    """float32 products on tensor cores: 10 bits of mantissa, all that float16 inputs have."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def loss_ratio(groups):
@@ -1916,8 +1969,9 @@ class AutoAWQForCausalLM:
 
 
 def sequence_length(model, requested=None, default=512):
-    """requested, or `default` limited to the model's positions; ValueError if they are exceeded."""
-    positions = getattr(model.config, "max_position_embeddings", None) or default
+    """requested, or `default` limited to the model's positions, if any; ValueError if exceeded."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    positions = positions if positions > 0 else math.inf        # XLNet's -1
     if requested is None:
         return min(default, positions)
     if not 0 < requested <= positions:

@@ -191,6 +191,40 @@ def test_search_never_worse_than_rtn(seed, bits, clip):
     assert found.curve[0] == (0, False, found.loss_rtn)
 
 
+def tf32(x):
+    """x with the 10 bits of mantissa that a tensor core reads."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1fff).view(torch.float32)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_products_of_ten_bits_choose_as_well(bits, monkeypatch):
+    """On a GPU 16-bit models are searched in TF32: its losses, and its choice's, to 1e-3."""
+    exact_gram, exact_group = awq.gram_loss, awq.group_losses
+    for seed in range(4):
+        W, X = layer(seed, N=64, K=128)
+        X += X.abs().mean(0)            # a mean, whose large products cancel in E C
+        C, s_X = X.T @ X / len(X), X.abs().mean(0)
+        expected = awq.search_scale(W, C, s_X, bits, 64)
+        with monkeypatch.context() as patch:
+            patch.setattr(awq, "gram_loss", lambda E, C: ((tf32(E) @ tf32(C)) * E).sum())
+            patch.setattr(awq, "group_losses", lambda E, blocks: exact_group(
+                tf32(E), tf32(blocks)))
+            found = awq.search_scale(W, C, s_X, bits, 64)
+        E = (fake_quantize(W * found.s, bits, 64, found.shrink) / found.s - W).double()
+        real = exact_gram(E, C.double()).item()
+        assert math.isclose(found.loss, real, rel_tol=1e-3)
+        assert real <= expected.loss * 1.001
+        assert found.loss != expected.loss      # it did compute with ten bits
+
+
+def test_a_rank_without_rows_adds_nothing():
+    """More ranks than rows: an empty share has an empty clipping and no loss."""
+    W, X = layer(0)
+    blocks = awq.diagonal_blocks(X.T @ X, 32)
+    assert awq.search_shrink(W[:0], blocks, 4, 32, awq.BOTH).shape == (2, 0, 2)
+    assert awq.scaled_loss(W[:0], X.T @ X, torch.ones(64), None, 4, 32) == 0
+
+
 def test_search_finds_the_salient_channel():
     """One channel with inputs 50 times the others': alpha > 0 wins, its s is the largest."""
     W, X = layer(3)
