@@ -697,7 +697,7 @@ def study_memory(bench):
     return Study(sentence, rows, [panel])
 
 
-WIDTHS = (128, 256, 384)        # of the models of the study `time`
+WIDTHS = (128, 256, 512)        # of the models of the studies `time` and `cost`
 
 
 def random_llama(width, positions):
@@ -736,9 +736,35 @@ def study_time(bench):
     return Study(verdict(paper, here, max(ratio) < 1), rows, [panel])
 
 
+def study_cost(bench, samples=(32, 128, 512)):
+    """Seconds of the stages of AWQ, by hidden size and number of calibration samples."""
+    (bits, G), length, rows, series = study_grid(bench), bench.tokens.shape[1], [], {}
+    generator = torch.Generator().manual_seed(bench.args.seed)
+    for width in WIDTHS:
+        for count in samples:
+            tokens = torch.randint(256, (count, length), generator=generator)
+            report = quantize(random_llama(width, length), METHODS["awq"], bits, G, tokens,
+                              bench.args.device)
+            stages = {name: report["stages"][name] for name in ("statistics", "search", "forward")}
+            rows.append({"hidden size": width, "samples": count, **stages,
+                         "all": report["seconds"]})
+        last = rows[-len(samples):]
+        series[f"hidden size {width}"] = (samples, [row["all"] for row in last])
+    ends = list(zip(rows[::len(samples)], rows[len(samples) - 1::len(samples)]))
+    growth = {name: " / ".join(f"{many[name] / few[name]:.1f}" for few, many in ends)
+              for name in ("statistics", "search", "forward")}
+    sentence = (f"With {samples[-1] / samples[0]:.0f} times the samples (of {length} tokens; one "
+                f"random block of hidden size {' / '.join(map(str, WIDTHS))}) the statistics take "
+                f"{growth['statistics']} times as long, the forward pass {growth['forward']} "
+                f"times, the search {growth['search']} times.")
+    panel = {"title": f"INT{bits}, one block", "x": "calibration samples", "y": "seconds",
+             "series": series, "log": "xy"}
+    return Study(sentence, rows, [panel])
+
+
 STUDIES = {"salience": study_salience, "scale": study_scale, "grid": study_grid_of_alpha,
            "methods": study_methods, "calibration": study_calibration, "memory": study_memory,
-           "time": study_time}
+           "time": study_time, "cost": study_cost}
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
