@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 GROUPS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
           ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 READS = {"self_attn.v_proj": GROUPS[1], "mlp.up_proj": GROUPS[3]}   # who reads a layer's rows
@@ -112,6 +113,28 @@ def compare(folder):
     return lines
 
 
+def make_model(folder, args):
+    """A random LLaMA in folder/model, random tokens in folder/tokens.pt."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=args.hidden, intermediate_size=args.mlp, vocab_size=8192,
+                         num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
+                         max_position_embeddings=2048)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    torch.save(torch.randint(8192, (args.samples, args.length)), folder / "tokens.pt")
+
+
+def run_process(role, folder):
+    """Seconds of the whole process of a role."""
+    # -I keeps this repository's awq.py off the path: AutoAWQ's package is called awq as well
+    python = [os.environ["AUTOAWQ_PYTHON"], "-I"] if role == "autoawq" else [sys.executable]
+    start = time.time()
+    subprocess.run([*python, __file__, "--role", role, "--folder", folder], check=True,
+                   env={**os.environ, "CUDA_VISIBLE_DEVICES": "",
+                        "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    return time.time() - start
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hidden", type=int, default=768)
@@ -122,31 +145,17 @@ def main():
     parser.add_argument("--role", choices=["autoawq", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.role != "autoawq":
+        sys.path.insert(0, str(ROOT))
     if args.role:
         return {"autoawq": run_autoawq, "ours": run_ours}[args.role](args.folder)
     if "AUTOAWQ_PYTHON" not in os.environ:
         parser.error("AUTOAWQ_PYTHON must name an interpreter with autoawq 0.2.9 (see the tests of "
                      "tests/test_checkpoint.py for how to install it)")
-    from transformers import LlamaConfig, LlamaForCausalLM
-    root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        config = LlamaConfig(hidden_size=args.hidden, intermediate_size=args.mlp, vocab_size=8192,
-                             num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-                             max_position_embeddings=2048)
-        LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
-        torch.save(torch.randint(8192, (args.samples, args.length)), f"{folder}/tokens.pt")
-        seconds = {}
-        # -I keeps this folder's awq.py off the path: AutoAWQ's package is called awq as well
-        for role, python in (("ours", [sys.executable]),
-                             ("autoawq", [os.environ["AUTOAWQ_PYTHON"], "-I"])):
-            start = time.time()
-            subprocess.run([*python, __file__, "--role", role, "--folder", folder], check=True,
-                           env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "",
-                                "OMP_NUM_THREADS": str(torch.get_num_threads())})
-            seconds[role] = time.time() - start
+        make_model(Path(folder), args)
+        seconds = {role: run_process(role, folder) for role in ("ours", "autoawq")}
         stages = json.loads(Path(folder, "stages.json").read_text())
-        sys.path.insert(0, str(root))
         lines = compare(Path(folder))
     print(f"hidden size {args.hidden}, MLP {args.mlp}, {args.layers} layers, {args.samples} x "
           f"{args.length} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
