@@ -1097,7 +1097,9 @@ def main(argv=None):
         else:
             result, panels = run(args)
             if args.json:
-                Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+                partial_path = Path(f"{args.json}.partial")
+                partial_path.write_text(json.dumps(result, indent=1) + "\n")
+                partial_path.replace(args.json)
             if args.plot:
                 draw(args.plot, panels)
     except (ValueError, OSError) as error:

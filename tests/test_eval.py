@@ -276,8 +276,6 @@ def test_gptq_with_identity_hessian_is_rtn(G, act_order):
     for given in (None, shrink):
         found = evaluation.gptq(W, 3, G, given, C=torch.eye(48), act_order=act_order)
         expected = awq.quantize(W, 3, G, given)
-        if act_order and given is not None:
-            continue        # static grids are those of W; see the next test
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -426,6 +424,26 @@ def test_every_study_gives_a_sentence_and_a_table(readme_run, name):
     for number in re.findall(r"\d+\.\d+", block):
         assert math.isfinite(float(number))
     assert "nan" not in block.split()
+
+
+def test_cost_study_reports_the_stages_it_was_given(small, monkeypatch):
+    """Every stage in its own column, and the growth that of most samples over fewest."""
+    def quantize(model, method, bits, G, tokens, device):
+        stages = {"plan": 0.5, "statistics": 1.0 * len(tokens), "search": 7.0,
+                  "forward": 0.5 * len(tokens) ** 2}
+        return {"stages": stages, "seconds": sum(stages.values())}
+
+    monkeypatch.setattr(evaluation, "quantize", quantize)
+    study = evaluation.study_cost(bench_of(small), samples=(2, 8))
+    assert [row["samples"] for row in study.rows] == [2, 8] * len(evaluation.WIDTHS)
+    for row in study.rows:
+        n = row["samples"]
+        assert (row["statistics"], row["search"], row["forward"]) == (n, 7, n * n / 2)
+        assert row["all"] == 7.5 + n + n * n / 2
+    for words in ("With 4 times the samples", "statistics take 4.0 / 4.0 / 4.0 times",
+                  "forward pass 16.0 / 16.0 / 16.0 times", "search 1.0 / 1.0 / 1.0 times"):
+        assert words in study.sentence
+    assert study.panels[0]["series"]["hidden size 128"] == ((2, 8), [11.5, 47.5])
 
 
 def bench_of(small, *arguments):
