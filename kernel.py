@@ -51,8 +51,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i holds column ORDER[i] of its eight
-COLUMN_AT = [ORDER.index(j) for j in range(8)]  # column j lies in nibble COLUMN_AT[j]
 
 # Up to this many tokens the fused kernel, beyond it dequantise + cuBLAS.
 # Not measured yet: an estimate; `python kernel.py` prints both sides.
@@ -78,14 +76,15 @@ def from_nibbles(values):
 def unpack(words):
     """int32 [R, C] of a checkpoint -> integers 0..15 in column order, uint8 [R, 8 C]
 
-    0x76543210 -> 0 4 1 5 2 6 3 7
+    0x76543210 -> 0 4 1 5 2 6 3 7: columns are nibbles [2, 4] transposed. (Indexing with a list
+    would copy it to the GPU at every call, which a CUDA graph cannot hold.)
     """
-    return nibbles(words)[..., COLUMN_AT].flatten(-2)
+    return nibbles(words).unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-3)
 
 
 def pack(q):
     """The inverse of unpack: uint8 [R, 8 C] -> int32 [R, C]"""
-    return from_nibbles(q.unflatten(-1, (-1, 8))[..., ORDER])
+    return from_nibbles(q.unflatten(-1, (-1, 4, 2)).transpose(-1, -2).flatten(-2))
 
 
 # --- reference ----------------------------------------------------------------------------------
@@ -149,8 +148,8 @@ def grouped(x, qweight, qzeros, scales, bias, group_size):
     are one matrix, the high nibbles another. x [M, K] -> [M, N].
     """
     K, N = qweight.shape[0], scales.shape[1]
-    columns = torch.arange(N, device=x.device).view(-1, 8)[:, ORDER]  # the column of every nibble
-    columns = torch.cat([columns[:, 0::2].flatten(), columns[:, 1::2].flatten()])
+    columns = torch.arange(N, device=x.device).view(-1, 2, 2, 2)  # [.., its nibble % 4 .., // 4]
+    columns = columns.permute(2, 0, 3, 1).flatten()  # those of low nibbles, then of high ones
     scale, zero = scales.float()[:, columns], unpack(qzeros).float()[:, columns]
     octets, x32 = qweight.contiguous().view(torch.uint8), x.float()  # [K, N/2]
     y = x32.new_zeros(x.shape[0], N)
@@ -275,6 +274,14 @@ CUDA = r"""
 #include <cuda_fp16.h>
 #define LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<grid, block, 0, stream>>>(__VA_ARGS__)
 
+// (v & MASK) | magic. Left to itself, nvcc makes two instructions of it: of two constants only one
+// fits into a lop3, so the other has to be in a register.
+template <unsigned MASK> __device__ unsigned and_or(unsigned v, unsigned magic) {
+  unsigned result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(v), "n"(MASK), "r"(magic));
+  return result;
+}
+
 // c[16 x 8] += a[16 x 16] b[16 x 8], the whole warp together. With g = lane / 4, t = lane % 4:
 //   a[0] row g,     k 2t, 2t+1        a[2] row g,     k 2t+8, 2t+9      b0 k 2t, 2t+1,   column g
 //   a[1] row g + 8, k 2t, 2t+1        a[3] row g + 8, k 2t+8, 2t+9      b1 k 2t+8, 2t+9, column g
@@ -383,8 +390,8 @@ template <> struct Dequantise<__half> {
     const __half2 sixteenth = __float2half2_rn(1.f / 16);
 #pragma unroll
     for (int i = 0; i < 2; i++, v >>= 8) {
-      const auto q = bits_as<__half2>((v & 0x000f000fu) | 0x64006400u);
-      const auto q16 = bits_as<__half2>((v & 0x00f000f0u) | 0x64006400u);
+      const auto q = bits_as<__half2>(and_or<0x000f000f>(v, 0x64006400));
+      const auto q16 = bits_as<__half2>(and_or<0x00f000f0>(v, 0x64006400));
       a[2 * i] = bits_as<unsigned>(__hadd2(q, low));
       a[2 * i + 1] = bits_as<unsigned>(__hfma2(q16, sixteenth, high));
     }
@@ -399,7 +406,7 @@ template <> struct Dequantise<__nv_bfloat16> {
   __device__ void operator()(unsigned v, unsigned (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; i++, v >>= 4) {
-      const auto q = bits_as<__nv_bfloat162>((v & 0x000f000fu) | 0x43004300u);
+      const auto q = bits_as<__nv_bfloat162>(and_or<0x000f000f>(v, 0x43004300));
       a[i] = bits_as<unsigned>(__hadd2(q, minus[i % 2]));
     }
   }
@@ -426,7 +433,7 @@ __global__ void __launch_bounds__(32 * WARPS) fused_kernel(
     T* __restrict__ y,                    // [M, N]
     float* partial,                       // [gridDim.y, M, N] if gridDim.y > 1
     unsigned* arrived,                    // [gridDim.z, gridDim.x] zeros, if gridDim.y > 1
-    int M, int N, int K, int G) {
+    int M, int N, unsigned K, unsigned G) {
   constexpr int ROWS = 16 * R * ROW_WARPS, TOKENS = 8 * NT, K_WARPS = WARPS / ROW_WARPS;
   constexpr int GROUPS = 4 / SLICES;
   // + 4: the stores of phase 5 then touch 32 different banks
@@ -453,7 +460,8 @@ __global__ void __launch_bounds__(32 * WARPS) fused_kernel(
               stream(words + ((size_t)(tile0 + r) * k_tiles + 2 * u + i) * 32 + lane);
 #pragma unroll
       for (int j = 0; j < GROUPS; j++) {
-        const size_t group = min((128 * u + 32 * SLICES * j) / G, K / G - 1);
+        const unsigned k = 128 * u + 32 * SLICES * j;
+        const size_t group = (k < K ? k : 0) / G;  // beyond K any group will do: its words are 0
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int row = 16 * (tile0 + r) + 8 * h;
@@ -817,11 +825,16 @@ def _(x, weight, qzeros, scales, bias, group_size, method):
     return x.new_empty(x.shape[0], scales.shape[1])
 
 
+def aligned(tensor):
+    """A contiguous tensor at an address for 16-byte loads: a copy if it is a view at an odd offset"""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _cuda(x, weight, qzeros, scales, bias, G, method):
     """The CUDA methods; None: nothing here applies, and "auto" goes on to the reference"""
     properties = torch.cuda.get_device_properties(x.device)
     built = extension((properties.major, properties.minor))
-    (M, K), N, weight = x.shape, scales.shape[1], weight.contiguous()
+    (M, K), N, weight = x.shape, scales.shape[1], aligned(weight.contiguous())
     repacked = weight.dim() == 4
     can = {
         "teaching": x.dtype != torch.float32,
@@ -845,7 +858,7 @@ def _cuda(x, weight, qzeros, scales, bias, G, method):
     if method == "teaching":
         built.teaching(x, restore(weight, N, K), qzeros, scales, bias, y, G)
         return y
-    x = x if x.data_ptr() % 16 == 0 else x.clone()  # a view at an odd offset: 16-byte loads need it
+    x = aligned(x)
     blocks = -(-N // built.rows_per_block(M)) * -(-M // built.tokens_per_block(M))
     # Fewer blocks than SMs: share out K too, while a block still has a unit of 128 for each warp.
     splits = max(1, min(properties.multi_processor_count // blocks, K // (8 * 128)))
@@ -910,8 +923,10 @@ def awq_linear(x, weight, qzeros, scales, bias=None, *, group_size, method="auto
     needs = {"cpu": "cpu", "teaching": "cuda", "fused": "cuda", "dequantise": "cuda"}.get(method)
     if needs and x.device.type != needs:
         raise ValueError(f"method is {method!r} and x is on {x.device}: it must be on {needs}")
-    if bias is not None and (bias.shape != (N,) or not bias.is_floating_point()):
-        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}: it must be floating, [{N}]")
+    if bias is not None and not (isinstance(bias, Tensor) and bias.shape == (N,)
+                                 and bias.is_floating_point()):
+        got = f"{bias.dtype} {list(bias.shape)}" if isinstance(bias, Tensor) else repr(bias)
+        raise ValueError(f"bias is {got}: it must be a floating tensor [{N}]")
     for name, tensor in (("scales", scales), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}: it must be on x's {x.device}")
@@ -924,6 +939,7 @@ def awq_linear(x, weight, qzeros, scales, bias=None, *, group_size, method="auto
 
 
 # --- checks and benchmark: python kernel.py [--check] [--cpu] [--json FILE] ---------------------
+CHECK_SHAPES = ((64, 512, 32), (72, 448, 64), (40, 200, 200), (24, 72, 8), (1024, 2048, 128))
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (8192, 8192), (8192, 28672))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 # ||y - exact|| / ||exact|| allowed: y's own rounding, and that of the weights where a method has it
@@ -951,7 +967,7 @@ def relative_error(y, exact):
 def check(device):
     """Every method, dtype and kind of shape against float64: (number of cases, failures)"""
     cases, failures = 0, []
-    for N, K, G in ((64, 512, 32), (72, 448, 64), (1024, 2048, 128), (40, 200, 200), (24, 72, 8)):
+    for N, K, G in CHECK_SHAPES:
         packed = random_weight(N, K, G, device)
         ready = prepare(*packed, G)
         weight = packed[0] if ready is None else ready
@@ -959,7 +975,7 @@ def check(device):
             methods = ["auto", "reference", "grouped"]
             if device.type == "cpu" and ready is not None:
                 methods += ["cpu"]
-            if device.type == "cuda" and ready is not None:
+            if device.type == "cuda" and ready is not None and dtype != torch.float32:
                 methods += ["teaching", "dequantise"]
                 sm_80 = torch.cuda.get_device_capability() >= (8, 0)
                 methods += ["fused"] * (G != 8 and (sm_80 or dtype == torch.float16))
@@ -1018,6 +1034,8 @@ def benchmark_shape(K, N, copy_rate, device, G=128):
     ready = [prepare(*w, G) for w in weights]
     try:
         tiny = [tinygemm_pack(*w) for w in weights]
+        x16 = torch.zeros(1, K, device=device).bfloat16()
+        torch._weight_int4pack_mm(x16, tiny[0][0], G, tiny[0][1])
     except (RuntimeError, TypeError, AttributeError) as reason:  # private functions of torch
         print("tinygemm is not timed:", str(reason).splitlines()[0], file=sys.stderr)
         tiny = None

@@ -276,6 +276,8 @@ inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
           to_bfloat16((double)__bfloat162float(a.y) + __bfloat162float(b.y))};
 }
 
+template <unsigned MASK> unsigned and_or(unsigned v, unsigned magic) { return (v & MASK) | magic; }
+
 // --- mma.sync.m16n8k16, from the fragment tables of the PTX manual -----------------------------
 inline float half_of(unsigned word, int i, __half) {
   return __half2float({uint16_t(word >> 16 * i)});

@@ -284,7 +284,7 @@ def test_bad_input_is_named():
                                   "weight": qweight.to("meta")},
             "qzeros is on meta": {"qzeros": qzeros.to("meta")},
             "bias is torch.float32 \\[31\\]": {"bias": torch.zeros(N - 1)},
-            "bias": {"bias": torch.zeros(N).int()},
+            "bias": {"bias": torch.zeros(N).int()}, "bias is \\[0.5\\]": {"bias": [0.5]},
             "group_size": {"group_size": 0}, "group_size is -1": {"group_size": -1},
             "qzeros is \\[2, 4\\]": {"group_size": 64, "scales": scales[:1]},
             "group_size is 64.0": {"group_size": 64.0},
@@ -494,6 +494,7 @@ class BuiltForCpu:
                  (*y.shape, x.shape[1], G))
 
     def dequantise(self, words, qzeros, scales, w_hat, G):
+        assert words.data_ptr() % 16 == 0
         self.run("dequantise", w_hat.dtype, (words, qzeros, scales, w_hat), (*w_hat.shape, G))
 
 
@@ -516,13 +517,42 @@ def test_what_the_gpu_path_launches_equals_float64(N, K, G, dtype, gpu_on_cpu):
     W, words = float64_weight(*layer, G), kernel.repack(layer[0])
     for M, method in ((1, "fused"), (1, "auto"), (17, "auto"), (3, "teaching"), (3, "dequantise"),
                       (kernel.FUSED_MAX_TOKENS + 1, "auto")):
-        x = torch.randn(M * K + 1).to(dtype)[1:].view(M, K)  # at an address 16 does not divide
+        # at addresses 16 does not divide
+        x = torch.randn(M * K + 1).to(dtype)[1:].view(M, K)
+        words = torch.cat([words.new_zeros(1), words.flatten()])[1:].view(words.shape)
         y = kernel._cuda(x, words, *layer[1:], bias, G, method)
         rounded = 0 if method == "fused" or M in (1, 17) else 2 * HALF_ULP[dtype]
         assert_close(y, x, W, bias, rounded + (K * 2.0**-24 if method == "teaching" else 0))
     names, last = zip(*gpu_on_cpu[1], strict=True)
     assert names == ("fused", "fused", "fused", "teaching", "dequantise", "dequantise")
     assert last[0] == {2304: 2, 2048: 2, 1160: 1}[K]  # splits
+
+
+@needs_cxx
+def test_check_runs_every_method_of_a_gpu(gpu_on_cpu, monkeypatch):
+    """`python kernel.py --check` as on a GPU, but that the CUDA text runs on the CPU"""
+    def awq_linear(x, weight, *packed, group_size, method):
+        if method not in ("reference", "grouped"):
+            y = kernel._cuda(x, weight, *packed, None, group_size, method)
+            if y is not None:
+                return y
+        return kernel.grouped(x, kernel.restore(weight, packed[1].shape[1], x.shape[1]), *packed,
+                              None, group_size)
+
+    monkeypatch.setattr(kernel, "awq_linear", awq_linear)
+    monkeypatch.setattr(kernel, "prepare", lambda qweight, *_: kernel.repack(qweight))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    real = kernel.random_weight
+    monkeypatch.setattr(kernel, "random_weight", lambda N, K, G, _: real(N, K, G, "cpu"))
+    real_randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None: real_randn(*shape))
+    monkeypatch.setattr(kernel, "CHECK_SHAPES", kernel.CHECK_SHAPES[:4])  # the fifth takes minutes
+    cases, failures = kernel.check(types.SimpleNamespace(type="cuda"))
+    assert not failures
+    ran = {name for name, _ in gpu_on_cpu[1]}
+    assert ran == {"fused", "teaching", "dequantise"}
+    # 8 numbers of tokens, 3 methods in float32, 6 in each of two types; with G = 8 none is fused
+    assert cases == 8 * (4 * (3 + 2 * 6) - 2)
 
 
 def test_what_the_gpu_path_cannot_do_is_named_or_left_to_the_reference(gpu_on_cpu):
@@ -545,7 +575,8 @@ def test_what_the_gpu_path_cannot_do_is_named_or_left_to_the_reference(gpu_on_cp
 # what is broken -> (a piece of the CUDA text, the part of it to replace, by what)
 MUTATIONS = {
     # nibble positions
-    "float16, row g + 8": ("(v & 0x00f000f0u)", "0x00f000f0u", "0x000f000fu"),
+    "float16, row g + 8": ("and_or<0x00f000f0>(v, 0x64006400)", "",
+                           "and_or<0x000f000f>(v, 0x64006400)"),
     "float16, next pair": ("v >>= 8)", "v >>= 8", "v >>= 4"),
     "float16, zero of row g + 8": ("(-64.f - zero_g8)", "zero_g8", "zero_g"),
     "bfloat16, next row": ("i < 4; i++, v >>= 4)", "v >>= 4", "v >>= 8"),
@@ -559,7 +590,7 @@ MUTATIONS = {
     "column of the sum": ("8 * n + 2 * t + c % 2", "2 * t", "t"),
     "token of an activation": ("token0 + 8 * n + g", "8 * n", "0"),
     "activation": ("32 * slice + 8 * t;", "8 * t", "4 * t"),
-    "group of a slice": ("(128 * u + 32 * SLICES * j) / G", "32 * SLICES * j", "0"),
+    "group of a slice": ("k = 128 * u + 32 * SLICES * j", "32 * SLICES * j", "0"),
     "scale of row g + 8": ("now.scales[j][r][c / 2]", "c / 2", "0"),
     "first unit of a warp": ("blockIdx.y * K_WARPS + k_warp,", "k_warp", "0"),
     "first token of a block": ("(size_t)blockIdx.z * TOKENS", "TOKENS", "TOKENS + 1"),
@@ -569,7 +600,7 @@ MUTATIONS = {
     "rows of words": ("tile0 + r < row_tiles", "", "true"),
     "tiles of words": ("2 * u + i < k_tiles", "", "true"),
     "rows of zeros and scales": ("if (row < N) {", "row < N", "true"),
-    "the last group": ("K / G - 1)", "K / G - 1", "K / G"),
+    "the last group": ("(k < K ? k : 0) / G", "k < K", "true"),
     "tokens of x": ("if (token < M &&", "token < M", "true"),
     "inputs of x": ("k < K) b[n]", "k < K", "true"),
     "dequantise, row tiles": ("if (row_tile >= (N + 15) / 16) return;",
