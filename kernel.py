@@ -21,6 +21,7 @@ dequantiser) -> its build -> the operator and `awq_linear` -> checks and benchma
 
     python kernel.py           check and time the GPU; without one, check the CPU path
     python kernel.py --cpu     check and time the CPU: tokens a second, dense against packed
+    compute-sanitizer --tool memcheck python kernel.py --check      (and --tool racecheck)
 
 Not here: 2, 3 and 8 bits (awq.py dequantises those), gradients, quantised activations. Activations
 are not staged in shared memory: from 17 tokens up the four warps that share them read them through
@@ -826,7 +827,7 @@ def _(x, weight, qzeros, scales, bias, group_size, method):
 
 
 def aligned(tensor):
-    """A contiguous tensor at an address for 16-byte loads: a copy if it is a view at an odd offset"""
+    """The contiguous tensor, or a copy if it is a view at an address unfit for 16-byte loads"""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
@@ -938,10 +939,11 @@ def awq_linear(x, weight, qzeros, scales, bias=None, *, group_size, method="auto
     return y.view(*x.shape[:-1], N)
 
 
-# --- checks and benchmark: python kernel.py [--check] [--cpu] [--json FILE] ---------------------
+# --- checks and benchmark: python kernel.py [--check] [--cpu] [--json FILE [--readme FILE]] -----
 CHECK_SHAPES = ((64, 512, 32), (72, 448, 64), (40, 200, 200), (24, 72, 8), (1024, 2048, 128))
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (8192, 8192), (8192, 28672))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+SETUP = ("date", "python", "torch", "cuda", "gpu", "cpu")
 # ||y - exact|| / ||exact|| allowed: y's own rounding, and that of the weights where a method has it
 ERROR_LIMIT = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -1151,12 +1153,69 @@ def benchmark_gpu_model(device, steps=64):
     return report
 
 
-def print_table(rows):
-    """[{column: text}] as Markdown, on stdout"""
-    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(row.values()) + " |", flush=True)
-    print()
+def table(rows):
+    """[{column: text}] as Markdown"""
+    lines = ["| " + " | ".join(cells) + " |" for cells in [rows[0], *(r.values() for r in rows)]]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def shape_table(rows):
+    """Markdown of benchmark_shape's rows"""
+    names = ("cublas", "tinygemm", "auto", "fused", "dequantise", "teaching")
+    return table([{
+        "K x N": f"{row['K']} x {row['N']}", "M": str(row["M"]),
+        **{name: "{:.1f} ({:.1f}-{:.1f})".format(*row["us"][name]) if name in row["us"] else "-"
+           for name in names},
+        "TB/s": f"{row['TB/s']:.2f}", "of copy": f"{row['of_copy']:.0%}",
+        "ratio": f"{row['ratio']:.2f}",
+        "error / cublas": f"{row['error']['auto']:.1e} / {row['error']['cublas']:.1e}"}
+        for row in rows])
+
+
+def setup(report):
+    """The first line of every output: when, on what and with which versions"""
+    return ", ".join(f"{key} {report[key]}" for key in SETUP)
+
+
+def gpu_text(report):
+    """Markdown of what gpu_tables measured: the shapes, the crossover, the whole model"""
+    rows, model = report["rows"], report.get("model", {})
+    exact = sum(row["error"]["fused"] <= row["error"]["cublas"] for row in rows)
+    parts = [f"{setup(report)}; copy {report['copy_TB/s']:.2f} TB/s",
+             "Microseconds on cold weights: median (10th-90th percentile). TB/s, share of copy and "
+             "ratio to cuBLAS are those of auto.",
+             shape_table(rows),
+             f"fused is ahead of dequantise up to M = {report['FUSED_MAX_TOKENS']} (geometric mean "
+             "over the shapes); its error against float64 is at or below that of cuBLAS on float16 "
+             f"weights in {exact} of {len(rows)} rows."]
+    if model:
+        parts.append(table([{
+            "7B-shaped model, batch 1": name, "tokens/s": f"{figures['tokens/s']:.1f}",
+            "peak GB": f"{figures['peak_GB']:.1f}"} for name, figures in model.items()]))
+    return "\n\n".join(parts)
+
+
+def cpu_text(report):
+    """Markdown of what benchmark_cpu measured"""
+    return f"{setup(report)}\n\n" + table([
+        {"tokens/s, batch 1": row["dtype"], "dense": f"{row['dense']:.2f}",
+         "packed": f"{row['packed']:.2f}", "ratio": f"{row['ratio']:.2f}"}
+        for row in report["cpu_model"]])
+
+
+def write_readme(readme, file):
+    """Write a report's tables into the README, between its markers gpu or cpu; ValueError"""
+    from eval import write_between_markers
+    try:
+        report = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise ValueError(f"--json is {file}: not what this command wrote: {reason}") from None
+    texts = {"gpu": gpu_text, "cpu": cpu_text}
+    names = [name for name, key in (("gpu", "rows"), ("cpu", "cpu_model")) if report.get(key)]
+    if not names:
+        raise ValueError(f"--json is {file}: it holds no timings, only a check")
+    for name in names:
+        write_between_markers(readme, name, texts[name](report))
 
 
 def gpu_tables(device, report, save):
@@ -1166,30 +1225,17 @@ def gpu_tables(device, report, save):
     copy_us = graph_times({"copy": [lambda: target.copy_(source)] * 20})["copy"][0]
     report |= {"copy_TB/s": 2 * source.numel() / copy_us / 1e6, "rows": []}
     del source, target
-    print(f"copy {report['copy_TB/s']:.2f} TB/s. Microseconds: median (10th-90th percentile). "
-          "TB/s, share of copy and ratio to cuBLAS are those of auto.\n")
-    names = ("cublas", "tinygemm", "auto", "fused", "dequantise", "teaching")
     for K, N in SHAPES:
         rows = benchmark_shape(K, N, report["copy_TB/s"], device)
-        print_table([{
-            "K x N": f"{K} x {N}", "M": str(row["M"]),
-            **{name: "{:.1f} ({:.1f}-{:.1f})".format(*row["us"][name]) if name in row["us"] else "-"
-               for name in names},
-            "TB/s": f"{row['TB/s']:.2f}", "of copy": f"{row['of_copy']:.0%}",
-            "ratio": f"{row['ratio']:.2f}",
-            "error / cublas": f"{row['error']['auto']:.1e} / {row['error']['cublas']:.1e}"}
-            for row in rows])
+        print(shape_table(rows), "\n", flush=True)
         report["rows"] += rows
         report["FUSED_MAX_TOKENS"] = crossover(report["rows"])
         save()
         torch.cuda.empty_cache()
-    print(f"fused is ahead of dequantise up to M = {report['FUSED_MAX_TOKENS']} (geometric mean "
-          f"over the shapes); this file's FUSED_MAX_TOKENS is {FUSED_MAX_TOKENS}\n")
     report["model"] = benchmark_gpu_model(device)
-    print_table([{"7B-shaped model, batch 1": name, "tokens/s": f"{figures['tokens/s']:.1f}",
-                  "peak GB": f"{figures['peak_GB']:.1f}"}
-                 for name, figures in report["model"].items()])
     save()
+    print(f"all of it:\n\n{gpu_text(report)}\n\n"
+          f"this file's FUSED_MAX_TOKENS is {FUSED_MAX_TOKENS}\n")
 
 
 def crossover(rows):
@@ -1209,19 +1255,28 @@ def main():
     parser.add_argument("--cpu", action="store_true",
                         help="on the CPU; unless --check, time a 453 M parameter model there")
     parser.add_argument("--json", metavar="FILE", help="write the same figures to FILE")
+    parser.add_argument("--readme", metavar="FILE",
+                        help="write the tables of --json's file into a README; measure nothing")
     options = parser.parse_args()
+    if options.readme:
+        try:
+            if not options.json:
+                raise ValueError("--readme needs --json")
+            return write_readme(options.readme, options.json)
+        except (OSError, ValueError) as reason:
+            parser.error(str(reason))
     cuda = torch.cuda.is_available() and not options.cpu
     device = torch.device("cuda" if cuda else "cpu")
-    report = {"date": datetime.date.today().isoformat(), "python": platform.python_version(),
-              "torch": torch.__version__, "cuda": torch.version.cuda,
-              "gpu": torch.cuda.get_device_name() if cuda else None,
-              "cpu": f"{SIMD}, {torch.get_num_threads()} threads"}
+    report = dict(zip(SETUP, (
+        datetime.date.today().isoformat(), platform.python_version(), torch.__version__,
+        torch.version.cuda, torch.cuda.get_device_name() if cuda else None,
+        f"{SIMD}, {torch.get_num_threads()} threads"), strict=True))
 
     def save():
         if options.json:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
-    print(", ".join(f"{key} {value}" for key, value in report.items()), "\n")
+    print(setup(report), "\n")
     if cuda and extension(torch.cuda.get_device_capability()) is None:
         raise SystemExit("the CUDA code was not built (see the warning): nothing to check or time")
     cases, failures = check(device)
@@ -1235,9 +1290,7 @@ def main():
         gpu_tables(device, report, save)
     elif options.cpu:
         report["cpu_model"] = benchmark_cpu()
-        print_table([{"tokens/s, batch 1": row["dtype"], "dense": f"{row['dense']:.2f}",
-                      "packed": f"{row['packed']:.2f}", "ratio": f"{row['ratio']:.2f}"}
-                     for row in report["cpu_model"]])
+        print(cpu_text(report), "\n")
     else:
         print("No GPU here: the CPU path was verified, nothing was timed (--cpu times the CPU).")
     save()

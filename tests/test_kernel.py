@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import json
 import os
 import re
 import shutil
@@ -657,6 +658,49 @@ def test_a_mutated_kernel_fails(change):
         return battery(source)
     with pytest.raises(AssertionError):
         battery(source)
+
+
+# --- the README's tables are those of the JSON file -----------------------------------------------
+def gpu_report(M, fused, cublas, error):
+    row = {"K": 4096, "N": 8192, "M": M, "of_copy": 0.8, "ratio": cublas / fused, "TB/s": 3.21,
+           "us": {"cublas": [cublas, 1, 2], "auto": [fused, 3, 4], "fused": [fused, 3, 4],
+                  "dequantise": [50.0, 5, 6]},
+           "error": {"auto": error, "fused": error, "cublas": 2e-4}}
+    return {"date": "2001-02-03", "python": "3", "torch": "2", "cuda": "13", "gpu": "a GPU",
+            "cpu": "a CPU", "copy_TB/s": 4.0, "FUSED_MAX_TOKENS": 64,
+            "rows": [row, row | {"M": 99}],
+            "model": {"float16": {"tokens/s": 70.0, "peak_GB": 13.5},
+                      "packed": {"tokens/s": 210.0, "peak_GB": 4.0}}}
+
+
+def test_readme_is_written_from_the_json_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernel.py", "--json", str(tmp_path / "k.json"), "--readme",
+                                      str(tmp_path / "README.md")])
+    (tmp_path / "README.md").write_text("before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n")
+    (tmp_path / "k.json").write_text(json.dumps(gpu_report(8, 12.5, 37.5, 1e-4)))
+    assert not kernel.main()
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n<!-- gpu -->\ndate 2001-02-03, python 3, torch 2, cuda 13,")
+    assert text.endswith("\n<!-- /gpu -->\nafter\n") and "\nold\n" not in text
+    for part in ("| 4096 x 8192 | 8 | 37.5 (1.0-2.0) | - | 12.5 (3.0-4.0) | 12.5 (3.0-4.0) |",
+                 "| 4096 x 8192 | 99 |", "| 3.21 | 80% | 3.00 | 1.0e-04 / 2.0e-04 |",
+                 "float16 weights in 2 of 2 rows", "up to M = 64", "| packed | 210.0 | 4.0 |"):
+        assert part in text
+    assert "in 0 of 2 rows" in kernel.gpu_text(gpu_report(8, 12.5, 37.5, 3e-4))
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "not what this command wrote"), ('{"cases": 3}', "holds no timings, only a check"),
+    (json.dumps(gpu_report(1, 1, 1, 0)), "no markers <!-- gpu -->")])
+def test_a_file_that_does_not_fit_is_named(content, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "k.json").write_text(content)
+    (tmp_path / "README.md").write_text("nothing here\n")
+    monkeypatch.setattr(sys, "argv", ["kernel.py", "--json", str(tmp_path / "k.json"), "--readme",
+                                      str(tmp_path / "README.md")])
+    with pytest.raises(SystemExit):
+        kernel.main()
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "nothing here\n"
 
 
 # --- on a GPU -----------------------------------------------------------------------------------
