@@ -44,6 +44,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -187,7 +188,8 @@ def pack(q, bits):
         raise ValueError(f"q runs from {q.min()} to {q.max()}: {bits} bits hold 0-{2 ** bits - 1}")
     if bits == 4:
         nibbles = q.reshape(R, N // 8, 8)[..., NIBBLE_ORDER].int()
-        return (nibbles << torch.arange(0, 32, 4, device=q.device)).sum(-1, dtype=torch.int32)
+        places = torch.arange(0, 32, 4, device=q.device, dtype=torch.int32)
+        return (nibbles << places).sum(-1, dtype=torch.int32)
     q = nn.functional.pad(q, (0, -N % 32)).reshape(R, -1, 32)
     stream = (q[..., None].int() >> torch.arange(bits, device=q.device)) & 1  # [R, N/32, 32, bits]
     words = stream.view(R, -1, 32) << torch.arange(32, device=q.device)       # [R, words, 32]
@@ -250,12 +252,12 @@ def tf32_products(x):
     if not x.is_cuda or x.dtype == torch.float32:
         yield
         return
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    products = torch.backends.cuda.matmul
+    precision, products.fp32_precision = products.fp32_precision, "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        products.fp32_precision = precision
 
 
 class InputStatistics:
@@ -959,10 +961,15 @@ def walk_blocks(model, blocks, tokens, batch_size, device, few, visit):
             calls = [call.to(device) for call in parts]
             block.to(device)
             visit(index, block, calls)
-            outputs = [map_tensors(lambda x: x.to(home), block(*call.args, **call.kwargs))
-                       for call in calls]
-            if not all(hidden_of(output).isfinite().all() for output in outputs):
-                raise ValueError(f"the output of block {index} contains NaN or Inf")
+            outputs = []
+            for call in calls:
+                output = block(*call.args, **call.kwargs)
+                if not hidden_of(output).isfinite().all():
+                    raise ValueError(f"the output of block {index} contains NaN or Inf")
+                outputs.append(map_tensors(lambda x: x.to(home), output))
+            for module in block.modules():
+                if isinstance(module, AWQLinear):
+                    module.dense = None
             block.to(home)
             for key in (key for key, value in kwargs.items() if isinstance(value, dict)):
                 kwargs[key].update(map_tensors(lambda x: x.to(home), calls[0].kwargs[key]))
@@ -1018,8 +1025,9 @@ def join_outputs(outputs, sizes):
 def collect_statistics(block, groups, calls):
     """InputStatistics of every group, from one pass of all micro-batches through the block.
 
-    Where the first one shows that a layer runs but once, the others' passes end when all groups
-    have seen them: the last layer's product, a fifth of a LLaMA block, has no reader here.
+    Where the first one shows that every layer runs but once, on every token, the others' passes end
+    when all groups have seen them: the last layer's product, a fifth of a LLaMA block, has no
+    reader here. (A routed expert may run in pieces, as many as it has tokens.)
     """
     entries, runs, once = {}, {}, False         # runs: of each layer in this micro-batch
 
@@ -1038,7 +1046,7 @@ def collect_statistics(block, groups, calls):
             runs.update(dict.fromkeys(entries, 0))
             with suppress(_Recorded):
                 run_block(block, call)
-            once = max(runs.values()) == 1
+            once = max(runs.values()) == 1 and len({x.tokens for x in entries.values()}) == 1
     statistics = list(entries.values())
     for entry in statistics:
         entry.add_over_ranks()
@@ -1117,6 +1125,7 @@ def pack_group(block, group, W, shrink, bits, group_size, rounding=quantize):
         rows = slice(start, start + layer.out_features)
         part = None if shrink is None else shrink[:, rows]
         packed = AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part, rounding)
+        packed.dense = packed.dequantized_weight().to(layer.weight.dtype)
         block.set_submodule(name, packed)
         start = rows.stop
 
@@ -1243,8 +1252,8 @@ def check_arguments(model, tokens, bits, group_size, refine=None, batch_size=1):
         raise ValueError(f"model is {model.dtype}: it must be one of {list(FOLD_TOLERANCE)}")
     if refine is not None and refine not in REFINEMENTS:
         raise ValueError(f"refine is {refine!r}: it must be None or one of {list(REFINEMENTS)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}: it must be an integer of at least 1")
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode is on: weights can be changed only outside of it")
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.numel() == 0 \
@@ -1265,7 +1274,9 @@ def check_arguments(model, tokens, bits, group_size, refine=None, batch_size=1):
 def check_device(name):
     """The torch.device; ValueError unless a tensor can be put there."""
     try:
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.tolist()      # "meta" has no values
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {str(name)!r}: {str(error).splitlines()[0]}") from None
 
@@ -1371,6 +1382,7 @@ class AWQLinear(nn.Module):
                              if bias else None)
         self.register_buffer("input_scale", None)       # 1/s, where no other layer divides by s
         self.repacked, self.prepared = None, False      # the kernel's layout: see prepare
+        self.dense = None       # W_hat, while the model is quantised and no kernel is to be built
 
     @classmethod
     def from_weight(cls, W, bias, bits, group_size, shrink=None, rounding=quantize):
@@ -1398,9 +1410,10 @@ class AWQLinear(nn.Module):
     def forward(self, x):
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
-        if self.bits != 4:
+        if self.bits != 4 or self.dense is not None:
+            W_hat = self.dequantized_weight() if self.dense is None else self.dense
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), bias)
+            return nn.functional.linear(x, W_hat.to(x.dtype), bias)
         # A compiled graph must not rearrange buffers: it takes the layout that is there.
         if not self.prepared and not torch.compiler.is_compiling():
             self.prepare()
@@ -1723,6 +1736,9 @@ def register():
 
         def _process_model_after_weight_loading(self, model, **kwargs):
             check_scales(model, self.tensors)
+            for module in model.modules():      # now, because a compiled forward cannot do it
+                if isinstance(module, AWQLinear) and module.bits == 4 and module.qweight.is_cuda:
+                    module.prepare()
             return model
 
         def is_serializable(self, *args, **kwargs):
@@ -1738,10 +1754,16 @@ def register():
 
 def check_target(folder):
     """ValueError unless folder can be written: it must be absent or an empty folder."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "a non-empty folder" if folder.is_dir() else "a file"
         raise ValueError(f"folder {folder} is {what}: it must not exist or be empty")
+    if folder.is_mount():
+        raise ValueError(f"folder {folder} is a mount point, which no folder can replace at once: "
+                         "choose one inside it")
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"folder {folder} cannot be made: {above} is not a writable folder")
 
 
 def save_quantized(model, folder, tokenizer=None, shard_size="5GB", calibration=None,
@@ -1764,6 +1786,8 @@ def save_quantized(model, folder, tokenizer=None, shard_size="5GB", calibration=
         raise ValueError(f"model was quantised with input_scale: {scaled[0]} multiplies its input "
                          "by 1/s, for which the checkpoint format has no place")
     partial = folder.parent / f".{folder.name}.partial"
+    if partial.is_symlink() or partial.is_file():
+        raise ValueError(f"{partial} is in the way: the checkpoint is written there first")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     try:
         partial.mkdir(parents=True)
@@ -1994,6 +2018,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="where blocks are worked on (cuda if there is one)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that save_quantized clears up
     try:
         check_target(args.save)
         own_device = join_ranks()
@@ -2010,6 +2035,9 @@ def main():
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
     if ranks()[0] == 0:
         print_report(report)
         print(f"saved to {args.save}")

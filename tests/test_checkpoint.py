@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import struct
+import signal
 import subprocess
 import sys
 import warnings
@@ -525,6 +526,10 @@ def test_save_refuses_files_and_full_folders(saved, tmp_path):
         with pytest.raises(ValueError, match=named):
             awq.save_quantized(model, tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", "full"]
+    (tmp_path / ".way.partial").write_text("mine")
+    with pytest.raises(ValueError, match=r"\.way\.partial is in the way"):
+        awq.save_quantized(model, tmp_path / "way")
+    assert (tmp_path / ".way.partial").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     awq.save_quantized(model, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").is_file()
@@ -533,6 +538,22 @@ def test_save_refuses_files_and_full_folders(saved, tmp_path):
     del model.config.quantization_config        # as after Ctrl-C in quantize_model
     with pytest.raises(ValueError, match="in part only"):
         awq.save_quantized(model, tmp_path / "part")
+
+
+def test_a_target_that_cannot_be_made_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file is not a writable folder"):
+        awq.check_target(tmp_path / "file" / "below" / "q")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)     # root may write anywhere
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a writable folder"):
+        awq.check_target(tmp_path / "new" / "q")
+    monkeypatch.undo()
+    awq.check_target(tmp_path / "new" / "q")
+    assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    with pytest.raises(ValueError, match="mounted is a mount point"):
+        awq.check_target(tmp_path / "mounted")
 
 
 STOPPED_SAVES = """
@@ -847,6 +868,27 @@ def test_command_line_quantizes_and_saves(folder, tmp_path):
     bad = subprocess.run([*command, "--save", str(text)], capture_output=True, text=True)
     assert bad.returncode == 2 and "is a file" in bad.stderr and "Traceback" not in bad.stderr
     assert Path(text).is_file()
+
+
+@pytest.mark.parametrize("kill, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_so_and_leaves_nothing(kill, code, tmp_path):
+    text = tmp_path / "calib.txt"
+    text.write_text("\n\n".join(awq.load_documents("pydoc")[:60]))
+    (tmp_path / "out").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "awq.py"), str(ROOT / "tinylm"), "--calib", str(text),
+         "--device", "cpu", "--samples", "32", "--save", str(tmp_path / "out" / "q")],
+        stderr=subprocess.PIPE)
+    seen = b""
+    while b"1/4" not in seen:                               # the bar, after the first block
+        piece = process.stderr.read1()
+        assert piece, seen
+        seen += piece
+    process.send_signal(kill)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == code and b"Traceback" not in rest
+    assert (b"interrupted: nothing was written" in rest) == (kill == signal.SIGINT)
+    assert not os.listdir(tmp_path / "out")
 
 
 @pytest.mark.parametrize("arguments, named", [

@@ -245,7 +245,8 @@ def test_no_layer_that_fits_is_an_error(tokens):
     ({"tokens": torch.zeros(4)}, "tokens is"),
     ({"tokens": torch.zeros(0, 4, dtype=int)}, "tokens is"),
     ({"tokens": torch.full((2, 8), 96)}, "tokens run from 96"),
-    ({"model": nn.Linear(4, 4)}, "model is a Linear"),
+    ({"model": nn.Linear(4, 4)}, "model is a Linear"), ({"batch_size": 2.0}, "batch_size is 2.0"),
+    ({"device": "meta"}, "device is 'meta'"),
 ])
 def test_bad_arguments_are_named(changes, named, tokens):
     arguments = {"model": llama(), "tokens": tokens, "group_size": 32, "progress": False, **changes}
@@ -359,6 +360,82 @@ def test_a_layer_that_is_not_reached_does_not_end_the_pass():
     calls = [awq.Call((torch.full((1, 5, 64), value),), {}) for value in (-1.0, 1.0, -1.0, 1.0)]
     statistics = awq.collect_statistics(Branch(), groups, calls)
     assert [entry.tokens for entry in statistics] == [20, 10, 20]
+
+
+class Chunked(nn.Module):
+    """One of two experts for each token, four tokens at a time, and a Linear after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        x, y = x[0], torch.zeros_like(x[0])
+        for expert, index in ((self.one, x[:, 0] > 0), (self.two, x[:, 0] <= 0)):
+            for part in index.nonzero()[:, 0].split(4):
+                y[part] = expert(x[part])
+        return self.last(y)
+
+
+def test_an_expert_that_runs_in_pieces_later_is_counted_whole():
+    """In the first micro-batch each expert runs once, but not on every token: that proves nothing.
+
+    "last" is no group, so that the experts are the last ones counted.
+    """
+    groups = [awq.Group((name,), None) for name in ("one", "two")]
+    first, second = torch.ones(1, 3, 64), torch.ones(1, 12, 64)
+    first[0, 1:], second[0, 6:] = -1, -1
+    calls = [awq.Call((x,), {}) for x in (first, second)]
+    statistics = awq.collect_statistics(Chunked(), groups, calls)
+    assert [entry.tokens for entry in statistics] == [1 + 6, 2 + 6]
+
+
+def test_blocks_with_a_forward_of_their_own_are_refused_and_none_is_left(tokens):
+    model = llama()
+    model.model.layers[1].forward = model.model.layers[1].forward
+    with pytest.raises(ValueError, match="block 1 has a forward of its own"):
+        awq.quantize_model(model, tokens, 4, 32, progress=False)
+    model = llama()
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e38     # an error in the middle of the walk
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        awq.quantize_model(model, tokens, 8, 32, scale=False, clip=False, progress=False)
+    assert not any("forward" in vars(block) for block in model.model.layers)
+
+
+def test_outputs_are_joined_where_they_are_micro_batches():
+    """A tensor as long as its micro-batch is joined; one of any other length is the first's."""
+    parts = [(torch.full((size, 2), float(size)), torch.full((3,), float(size))) for size in (2, 1)]
+    hidden, other = awq.join_outputs(parts, [2, 1])
+    assert hidden.tolist() == [[2, 2], [2, 2], [1, 1]] and other.tolist() == [2, 2, 2]
+
+
+def test_packed_layers_run_densely_while_a_model_is_quantised(tokens, monkeypatch):
+    """The second pass builds and repacks nothing; afterwards no dense weight is left."""
+    calls = []
+    monkeypatch.setattr(awq.kernel, "awq_linear", lambda *_, **__: calls.append(1))
+    monkeypatch.setattr(awq.AWQLinear, "prepare", lambda self: calls.append(1))
+    model = llama()
+    awq.quantize_model(model, tokens, 4, 32, progress=False)
+    layers = [m for m in model.modules() if isinstance(m, awq.AWQLinear)]
+    assert not calls and layers and all(layer.dense is None for layer in layers)
+
+
+def test_tf32_is_for_16_bits_on_a_gpu_and_is_given_back():
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+
+    class OnGpu:
+        is_cuda, dtype = True, torch.float16
+
+    with awq.tf32_products(torch.zeros(1).half()):
+        assert products.fp32_precision == before            # a CPU
+    with pytest.raises(RuntimeError, match="inside"), awq.tf32_products(OnGpu):
+        assert products.fp32_precision == "tf32"
+        raise RuntimeError("inside")
+    assert products.fp32_precision == before
+    OnGpu.dtype = torch.float32
+    with awq.tf32_products(OnGpu):
+        assert products.fp32_precision == before
 
 
 def test_a_fold_that_does_not_fit_its_block_is_an_error():
