@@ -1125,7 +1125,6 @@ def pack_group(block, group, W, shrink, bits, group_size, rounding=quantize):
         rows = slice(start, start + layer.out_features)
         part = None if shrink is None else shrink[:, rows]
         packed = AWQLinear.from_weight(W[rows], layer.bias, bits, group_size, part, rounding)
-        packed.dense = packed.dequantized_weight().to(layer.weight.dtype)
         block.set_submodule(name, packed)
         start = rows.stop
 
@@ -1207,6 +1206,8 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
                 line = quantize_group(block, f"{prefix}.{index}", group, entry, few,
                                       tokens.numel(), **how)
                 lines.insert(0, {"block": index, **line})
+                for layer in map(block.get_submodule, group.layers):
+                    layer.dense = layer.dequantized_weight().to(model.dtype)
             groups.extend(lines)
             bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
             bar.update()

@@ -418,6 +418,8 @@ def test_packed_layers_run_densely_while_a_model_is_quantised(tokens, monkeypatc
     awq.quantize_model(model, tokens, 4, 32, progress=False)
     layers = [m for m in model.modules() if isinstance(m, awq.AWQLinear)]
     assert not calls and layers and all(layer.dense is None for layer in layers)
+    awq.round_model(model := llama(), 4, 32)
+    assert all(m.dense is None for m in model.modules() if isinstance(m, awq.AWQLinear))
 
 
 def test_tf32_is_for_16_bits_on_a_gpu_and_is_given_back():
