@@ -542,6 +542,7 @@ def test_save_refuses_files_and_full_folders(saved, tmp_path):
 
 def test_a_target_that_cannot_be_made_is_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").chmod(0o755)
     with pytest.raises(ValueError, match="file is not a writable folder"):
         awq.check_target(tmp_path / "file" / "below" / "q")
     monkeypatch.setattr(os, "access", lambda path, mode: False)     # root may write anywhere
