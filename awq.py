@@ -967,7 +967,7 @@ def walk_blocks(model, blocks, tokens, batch_size, device, few, visit):
                 if not hidden_of(output).isfinite().all():
                     raise ValueError(f"the output of block {index} contains NaN or Inf")
                 outputs.append(map_tensors(lambda x: x.to(home), output))
-            for module in block.modules():
+            for module in block.modules():              # no further pass needs W_hat
                 if isinstance(module, AWQLinear):
                     module.dense = None
             block.to(home)
@@ -2037,7 +2037,7 @@ def main():
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     if ranks()[0] == 0:
         print_report(report)

@@ -52,7 +52,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # Up to this many tokens the fused kernel, beyond it dequantise + cuBLAS.
 # Not measured yet: an estimate; `python kernel.py` prints both sides.
 FUSED_MAX_TOKENS = 128
@@ -462,7 +461,7 @@ __global__ void __launch_bounds__(32 * WARPS) fused_kernel(
 #pragma unroll
       for (int j = 0; j < GROUPS; j++) {
         const unsigned k = 128 * u + 32 * SLICES * j;
-        const size_t group = (k < K ? k : 0) / G;  // beyond K any group will do: its words are 0
+        const size_t group = (k < K ? k : 0) / G;  // beyond K any group will do: its x is 0
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const int row = 16 * (tile0 + r) + 8 * h;

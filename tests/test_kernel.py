@@ -315,6 +315,12 @@ def test_cuda_compiles_without_warnings_spills_or_stack(arch, tmp_path):
     assert set(frames) == {("0", "0", "0")}
 
 
+def test_lop3_computes_and_or():
+    """The CPU runs a stand-in for this instruction: its constant is F(0xf0, 0xcc, 0xaa) (PTX)"""
+    table, = re.findall(r"lop3\.b32 %0, %1, %2, %3, (0x\w+);", kernel.CUDA)
+    assert int(table, 16) == 0xf0 & 0xcc | 0xaa
+
+
 @pytest.mark.parametrize("capability, known, flags", [
     ((9, 0), [75, 80, 90], ["compute_90,code=compute_90", "compute_90,code=sm_90"]),
     ((8, 7), [75, 80, 86, 90], ["compute_86,code=compute_86"]),
