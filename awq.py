@@ -47,7 +47,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -69,35 +69,43 @@ BITS = (2, 3, 4, 8)
 
 
 def rounded(x):
-    """round(x), half to even; its gradient is 1 (straight-through estimator)."""
-    return x + (x.round() - x).detach() if x.requires_grad else x.round()
+    """round(x), half to even, in x's memory; its gradient is 1 (straight-through estimator)."""
+    return x + (x.round() - x).detach() if x.requires_grad else x.round_()
 
 
-def quantization_grid(W, bits, group_size, shrink=None):
-    """delta and zero, float32 [N, K/G], of every group of W [N, K] float32.
+def group_range(W, group_size):
+    """The lower and upper end of every group of W [N, K] float32, [N, K/G] each; 0 is between."""
+    # not in the paper: without the widening to 0 a group whose weights share a sign collapses,
+    # because the zero point is clamped.
+    groups = W.unflatten(-1, (-1, group_size))              # [N, K/G, G]
+    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
 
-    The range [min, max], widened to include 0, is cut into 2^bits - 1 steps.
-    """
-    # not in the paper: without the widening a group whose weights share a sign collapses, because
-    # the zero point is clamped; and delta is rounded to float16, as stored, before it is used.
-    N, K = W.shape
-    groups = W.view(N, K // group_size, group_size)         # [N, K/G, G]
-    low = groups.amin(-1).clamp(max=0)                      # [N, K/G]
-    high = groups.amax(-1).clamp(min=0)
-    if shrink is not None:
-        low, high = low * shrink[0], high * shrink[1]
+
+def range_grid(low, high, bits):
+    """delta and zero, float32, of ranges [..., K/G] that are cut into 2^bits - 1 steps."""
+    # not in the paper: delta is rounded to float16, as stored, before it is used.
     levels = 2 ** bits - 1
     delta = ((high - low) / levels).half().float()
     zero = rounded(-low / torch.where(delta > 0, delta, 1)).clamp(0, levels)
     return delta, zero
 
 
+def quantization_grid(W, bits, group_size, shrink=None):
+    """delta and zero, float32 [N, K/G], of every group of W [N, K] float32."""
+    low, high = group_range(W, group_size)
+    if shrink is not None:
+        low, high = low * shrink[0], high * shrink[1]
+    return range_grid(low, high, bits)
+
+
 def round_to_grid(W, delta, zero, bits):
-    """q = clamp(round(W / delta) + zero, 0, 2^bits - 1), float32 [N, K]; zero if delta = 0."""
-    N, K = W.shape
-    groups = W.view(N, delta.shape[1], -1)                  # [N, K/G, G]
+    """q = clamp(round(W / delta) + zero, 0, 2^bits - 1), float32 [..., N, K]; zero if delta = 0.
+
+    W is [N, K]; delta and zero are [..., N, K/G], several grids for the same W at once.
+    """
+    groups = W.unflatten(-1, (delta.shape[-1], -1))         # [N, K/G, G]
     steps = rounded(groups / torch.where(delta > 0, delta, math.inf)[..., None])
-    return (steps + zero[..., None]).clamp(0, 2 ** bits - 1).view(N, K)
+    return steps.add_(zero[..., None]).clamp_(0, 2 ** bits - 1).flatten(-2)
 
 
 def quantize(W, bits=4, group_size=128, shrink=None):
@@ -126,10 +134,9 @@ def quantize(W, bits=4, group_size=128, shrink=None):
 
 
 def dequantize(q, delta, zero):
-    """W_hat = (q - zero) delta, float32 [N, K]: exact, 8 significant bits times 11."""
-    N, K = q.shape
-    groups = q.view(N, delta.shape[1], -1).float()
-    return ((groups - zero[..., None].float()) * delta[..., None].float()).view(N, K)
+    """W_hat = (q - zero) delta, float32 [..., N, K]: exact, 8 significant bits times 11."""
+    groups = q.unflatten(-1, (delta.shape[-1], -1)).float()
+    return (groups - zero[..., None].float()).mul_(delta[..., None].float()).flatten(-2)
 
 
 def fake_quantize(W, bits=4, group_size=128, shrink=None):
@@ -244,16 +251,19 @@ def add_over_ranks(tensor):
 
 
 @contextmanager
-def tf32_products(x):
+def tf32_products(x, exact=False):
     """If x, of the model, is 16-bit and on a GPU: float32 products on its tensor cores.
 
-    They read 10 bits of mantissa: all of X, and enough of E and C for a loss good to 1e-3.
+    They read 10 bits of mantissa: all of X, and enough of E and C for a loss good to 1e-3 (to 2e-2
+    where the mean of the inputs is ten times their spread: there most of E C cancels). exact: all
+    24 bits, whatever the process allows elsewhere.
     """
-    if not x.is_cuda or x.dtype == torch.float32:
+    if not x.is_cuda:
         yield
         return
     products = torch.backends.cuda.matmul
-    precision, products.fp32_precision = products.fp32_precision, "tf32"
+    precision = products.fp32_precision
+    products.fp32_precision = "ieee" if exact or x.dtype == torch.float32 else "tf32"
     try:
         yield
     finally:
@@ -290,8 +300,8 @@ class InputStatistics:
 
     @property
     def C(self):
-        upper = self.square_sum.triu() / self.tokens
-        return upper + upper.triu(1).T
+        upper = self.square_sum.triu().div_(self.tokens)
+        return upper.add_(upper.triu(1).T)
 
 
 # ---- The loss and the search for s ---------------------------------------------------------------
@@ -299,7 +309,13 @@ class InputStatistics:
 
 def gram_loss(E, C):
     """|| E X^T ||_F^2 / T = sum((E C) * E), for E [N, K] and C [K, K] = X^T X / T."""
-    return ((E @ C) * E).sum()
+    step, loss = max(128, -(-len(C) // 8)), 0
+    for i in range(0, len(C), step):    # C is symmetric: its blocks on the diagonal, and twice
+        j = i + step                    # what is right of them
+        part, rest = E[:, i:j], E[:, j:]
+        loss = loss + (part @ C[i:j, i:j]).mul_(part).sum()
+        loss = loss + 2 * (part @ C[i:j, j:]).mul_(rest).sum()
+    return loss
 
 
 def channel_scale(s_X, alpha):
@@ -319,20 +335,22 @@ def diagonal_blocks(C, group_size):
 
 
 def group_losses(E, blocks):
-    """[N, K/G]: e C_gg e^T for the error e [G] of each row in each group."""
+    """[..., N, K/G]: e C_gg e^T for the error e [G] of each row of E [..., N, K] in each group."""
     groups, G, _ = blocks.shape
-    E = E.view(-1, groups, G).transpose(0, 1)               # [K/G, N, G]
-    return ((E @ blocks) * E).sum(-1).T
+    rows = E.view(-1, groups, G).transpose(0, 1)            # [K/G, N, G]
+    losses = (rows @ blocks).mul_(rows).sum(-1)             # [K/G, N]
+    return losses.T.view(*E.shape[:-1], groups)
 
 
-# What search_shrink tries, one after the other: (ends of the range, the parts to keep of them).
-BOTH = (((0, 1), tuple(1 - i / 10 for i in range(1, 6))),)                      # 0.9, ..., 0.5
+# What search_shrink tries, pair after pair: (ends of the range, the parts to keep of them).
+BOTH = (((0, 1), (0.9, 0.8, 0.7, 0.55)),)       # few: every alpha pays for them
 EACH = tuple(((end,), tuple(1 - i / 80 for i in range(1, 41))) for end in (0, 1))
 
 
-def row_chunks(W):
-    """Slices of the rows of W [N, K] that a CPU's cache holds; elsewhere all rows at once."""
-    rows = max(1, 2 ** 17 // W.shape[1] if W.device.type == "cpu" else len(W))
+def row_chunks(W, copies=1):
+    """Slices of the rows of W [N, K]: `copies` of one fit a CPU's cache, or 256 MiB elsewhere."""
+    elements = 2 ** 20 if W.device.type == "cpu" else 2 ** 26
+    rows = max(1, elements // (W.shape[1] * copies))
     return [slice(start, start + rows) for start in range(0, len(W), rows)]
 
 
@@ -346,22 +364,21 @@ def search_shrink(W, blocks, bits, group_size, ends, start=None):
         start = W.new_ones(2, W.shape[0], W.shape[1] // group_size)
     if not len(W):      # more ranks than rows
         return start
+    copies = 1 + max(len(parts) for _, parts in ends)
     return torch.cat([search_rows(W[rows], blocks, bits, group_size, ends, start[:, rows])
-                      for rows in row_chunks(W)], 1)
+                      for rows in row_chunks(W, copies)], 1)
 
 
 def search_rows(W, blocks, bits, group_size, ends, shrink):
-    """search_shrink of a few rows."""
-    best = group_losses(fake_quantize(W, bits, group_size, shrink) - W, blocks)
+    """search_shrink of a few rows: all P trials of an end at once."""
+    low, high = group_range(W, group_size)                  # [N, K/G]
     for end, parts in ends:
-        chosen = shrink
-        for kept in parts:
-            trial = shrink.clone()
-            trial[list(end)] = kept
-            losses = group_losses(fake_quantize(W, bits, group_size, trial) - W, blocks)
-            chosen = torch.where(losses < best, trial, chosen)
-            best = torch.minimum(best, losses)
-        shrink = chosen
+        trials = shrink.repeat(1 + len(parts), 1, 1, 1)     # [P, 2, N, K/G], the first as it is
+        trials[1:, list(end)] = W.new_tensor(parts)[:, None, None, None]
+        delta, zero = range_grid(low * trials[:, 0], high * trials[:, 1], bits)
+        E = dequantize(round_to_grid(W, delta, zero, bits), delta, zero).sub_(W)    # [P, N, K]
+        best = group_losses(E, blocks).argmin(0)            # [N, K/G]
+        shrink = trials.gather(0, best.expand(1, 2, -1, -1))[0]
     return shrink
 
 
@@ -369,7 +386,8 @@ def scaled_loss(W, C, s, shrink, bits, group_size):
     """L(s) = || Q(W diag(s)) diag(1/s) X^T - W X^T ||_F^2 / T  (Eq. 4), through C."""
     def loss_of(rows):
         part = None if shrink is None else shrink[:, rows]
-        return gram_loss(fake_quantize(W[rows] * s, bits, group_size, part) / s - W[rows], C)
+        W_hat = fake_quantize(W[rows] * s, bits, group_size, part)
+        return gram_loss(W_hat.div_(s).sub_(W[rows]), C)
 
     return sum(map(loss_of, row_chunks(W)), W.new_zeros(()))
 
@@ -382,7 +400,7 @@ class Scaling(NamedTuple):
     alpha: float
     loss: float                         # L(s) with this shrink
     loss_rtn: float | None = None       # L(1) without clipping
-    curve: tuple = ()                   # (alpha, clipped or not, L) of the grid
+    curve: tuple = ()                   # (alpha, clipped or not, L) of what the grid tried
 
 
 def scored(W, C, s, shrink, alpha, bits, group_size):
@@ -390,12 +408,12 @@ def scored(W, C, s, shrink, alpha, bits, group_size):
     return Scaling(s, shrink, alpha, scaled_loss(W, C, s, shrink, bits, group_size).item())
 
 
-def with_clipping(W, C, choice, bits, group_size, ends):
-    """The choice with its clipping searched (further): W diag(s) sees the Gram C / (s s^T)."""
-    s_g = choice.s.view(-1, group_size)                     # [K/G, G]
+def with_clipping(W, C, s, shrink, alpha, bits, group_size, ends):
+    """scored, with the clipping searched (further): W diag(s) sees the Gram C / (s s^T)."""
+    s_g = s.view(-1, group_size)                            # [K/G, G]
     blocks = diagonal_blocks(C, group_size) / (s_g[:, :, None] * s_g[:, None])
-    shrink = search_shrink(W * choice.s, blocks, bits, group_size, ends, choice.shrink)
-    return scored(W, C, choice.s, shrink, choice.alpha, bits, group_size)
+    shrink = search_shrink(W * s, blocks, bits, group_size, ends, shrink)
+    return scored(W, C, s, shrink, alpha, bits, group_size)
 
 
 def summed(choices):
@@ -418,8 +436,9 @@ def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=l
 
     W [N, K] float32: the weights of all layers that share the input, stacked. alphas: the grid,
     which begins with 0; 0, 0.05, ..., 1 unless given. storable(s): the s that a folded norm really
-    divides by once its gain is rounded to its dtype. The least loss wins, clipped or not, so it is
-    never above RTN's (alpha = 0), nor above that of RTN with clipping.
+    divides by once its gain is rounded to its dtype. The least loss wins, so it is never above
+    RTN's (alpha = 0), nor above that of RTN with clipping. (With clip, no other alpha is tried
+    without: clipping keeps the whole range where nothing less is better.)
     """
     # not in the paper: there alpha is chosen first and the range clipped afterwards, by one factor
     # for both ends and not for q and k. That order can end above clipping alone.
@@ -427,13 +446,15 @@ def search_scale(W, C, s_X, bits, group_size, clip=True, alphas=None, storable=l
     W, tried = W[rows], []
     for alpha in [i / 20 for i in range(21)] if alphas is None else alphas:
         s = storable(channel_scale(s_X, alpha))
-        tried.append(scored(W, C, s, None, alpha, bits, group_size))
+        if not clip or not tried:
+            tried.append(scored(W, C, s, None, alpha, bits, group_size))
         if clip:
-            tried.append(with_clipping(W, C, tried[-1], bits, group_size, BOTH))
+            tried.append(with_clipping(W, C, s, None, alpha, bits, group_size, BOTH))
     tried = summed(tried)
     best = min(tried, key=lambda choice: choice.loss)
     if clip:    # then each end on its own, and finer, which costs too much for every alpha
-        finals = summed([with_clipping(W, C, choice, bits, group_size, EACH)
+        finals = summed([with_clipping(W, C, choice.s, choice.shrink, choice.alpha, bits,
+                                       group_size, EACH)
                          for choice in [best] + [tried[1]] * (best is not tried[1])])
         best = min([best, *finals], key=lambda choice: choice.loss)
     if best.shrink is not None:
@@ -513,8 +534,7 @@ def refine_scale(W, C, found, bits, group_size, clip, refine, rows, storable=lam
     s = storable(REFINEMENTS[refine](W, C, found, bits, group_size, rows))
     choices = [scored(W, C, s, found.shrink, found.alpha, bits, group_size)]
     if clip:
-        unclipped = choices[0]._replace(shrink=None)
-        choices.append(with_clipping(W, C, unclipped, bits, group_size, BOTH + EACH))
+        choices.append(with_clipping(W, C, s, None, found.alpha, bits, group_size, BOTH + EACH))
     best = min([found, *choices], key=lambda choice: choice.loss)
     return best._replace(loss_rtn=found.loss_rtn, curve=found.curve)
 
@@ -913,7 +933,7 @@ def replace_conv1d(model):
 
 
 class _Recorded(Exception):
-    """Ends a forward pass, of a model or of a block, when all it is wanted for has been seen."""
+    """Ends a forward pass when the arguments of all blocks have been seen."""
 
 
 @torch.no_grad()
@@ -946,11 +966,12 @@ def record_calls(model, blocks, tokens):
 
 @torch.no_grad()
 def walk_blocks(model, blocks, tokens, batch_size, device, few, visit):
-    """Drive the model's own forward once and let visit(index, block, calls) see every block.
+    """Drive the model's own forward once, with visit(index, block, calls) in each block's place.
 
     The model runs on all samples at once, its blocks on micro-batches: calls is the list of the
-    block's arguments for each. After visit, which may change the block, all of them advance through
-    it. few: the Call of each block for a single sample (see split_call). ValueError for NaN or Inf.
+    block's arguments for each. visit may change the block, and returns what it makes of each, where
+    the block came from: the next one's inputs. few: the Call of each block for a single sample (see
+    split_call). ValueError for NaN or Inf.
     """
     def drive(index, block):
         home = next(block.parameters()).device
@@ -960,16 +981,9 @@ def walk_blocks(model, blocks, tokens, batch_size, device, few, visit):
             parts = split_call(Call(args, kwargs), few[index], len(tokens), batch_size)
             calls = [call.to(device) for call in parts]
             block.to(device)
-            visit(index, block, calls)
-            outputs = []
-            for call in calls:
-                output = block(*call.args, **call.kwargs)
-                if not hidden_of(output).isfinite().all():
-                    raise ValueError(f"the output of block {index} contains NaN or Inf")
-                outputs.append(map_tensors(lambda x: x.to(home), output))
-            for module in block.modules():              # no further pass needs W_hat
-                if isinstance(module, AWQLinear):
-                    module.dense = None
+            outputs = visit(index, block, calls)
+            if not all(hidden_of(output).isfinite().all() for output in outputs):
+                raise ValueError(f"the output of block {index} contains NaN or Inf")
             block.to(home)
             for key in (key for key, value in kwargs.items() if isinstance(value, dict)):
                 kwargs[key].update(map_tensors(lambda x: x.to(home), calls[0].kwargs[key]))
@@ -1022,40 +1036,84 @@ def join_outputs(outputs, sizes):
     return tree_unflatten(joined, tree_flatten(outputs[0])[1])
 
 
-def collect_statistics(block, groups, calls):
-    """InputStatistics of every group, from one pass of all micro-batches through the block.
+def cpu_has(dtype):
+    """Whether this CPU (x86) has instructions for products of a 16-bit dtype."""
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+             torch.float16: ("avx512_fp16", "amx_fp16")}
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()       # not in older torch
+    return any(capabilities.get(name) for name in names[dtype])
 
-    Where the first one shows that every layer runs but once, on every token, the others' passes end
-    when all groups have seen them: the last layer's product, a fifth of a LLaMA block, has no
-    reader here. (A routed expert may run in pieces, as many as it has tokens.)
+
+class FastLinears(TorchFunctionMode):
+    """On a CPU, a model's Linears multiply in a dtype that the CPU has instructions for.
+
+    16-bit products without instructions crawl: they run in float32. Those of a float32 model run in
+    bfloat16 if the CPU has that, unless exact: in steps of 2^-9, as in a bfloat16 model. Inputs and
+    outputs keep their dtype (under autocast a model would meet others than it expects), and what a
+    model itself multiplies in more than its own dtype stays as it is.
     """
-    entries, runs, once = {}, {}, False         # runs: of each layer in this micro-batch
 
-    def record(layer, args, kwargs):
-        entries[layer].update((*args, *kwargs.values())[0])
-        runs[layer] += 1
-        if once and all(runs.values()):
-            raise _Recorded
+    def __init__(self, dtype, exact):
+        super().__init__()
+        bfloat16 = cpu_has(torch.bfloat16) and not exact
+        self.dtype, self.fast = dtype, torch.bfloat16 if bfloat16 else torch.float32
+        if dtype in (torch.bfloat16, torch.float16) and cpu_has(dtype):
+            self.fast = dtype
 
-    with ExitStack() as hooks:
-        for group in groups:
-            layer = block.get_submodule(group.layers[0])
-            entries[layer] = InputStatistics(layer.in_features, layer.weight.device)
-            hooks.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
-        for call in calls if groups else ():
-            runs.update(dict.fromkeys(entries, 0))
-            with suppress(_Recorded):
-                run_block(block, call)
-            once = max(runs.values()) == 1 and len({x.tokens for x in entries.values()}) == 1
-    statistics = list(entries.values())
-    for entry in statistics:
-        entry.add_over_ranks()
-    return statistics
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is nn.functional.linear:
+            x = args[0] if args else kwargs["input"]
+            if x.device.type == "cpu" and x.dtype == self.dtype != self.fast:
+                args, kwargs = map_tensors(lambda y: y.to(self.fast), (args, kwargs))
+                return function(*args, **kwargs).to(x.dtype)
+        return function(*args, **kwargs)
 
 
 @torch.no_grad()
-def quantize_group(block, path, group, statistics, call, tokens, *, bits, group_size, scale, clip,
-                   refine, input_scale, rounding):
+def run_calls(block, calls, exact=True, home=None):
+    """What the block returns for each Call, on the device `home` if given (exact: FastLinears)."""
+    with FastLinears(calls[0].hidden.dtype, exact):
+        return [map_tensors(lambda x: x if home is None else x.to(home),
+                            block(*call.args, **call.kwargs)) for call in calls]
+
+
+@torch.no_grad()
+def collect_statistics(block, groups, calls, exact=True, home=None):
+    """(InputStatistics of every group, what run_calls returns), in one pass."""
+    entries = []
+    with ExitStack() as hooks:
+        for group in groups:
+            layer = block.get_submodule(group.layers[0])
+            entry = InputStatistics(layer.in_features, layer.weight.device)
+            hooks.enter_context(layer.register_forward_pre_hook(
+                lambda _, args, kwargs, entry=entry: entry.update((*args, *kwargs.values())[0]),
+                with_kwargs=True))
+            entries.append(entry)
+        outputs = run_calls(block, calls, exact, home)
+    for entry in entries:
+        entry.add_over_ranks()
+    return entries, outputs
+
+
+def quantize_block(block, path, groups, statistics, call, **how):
+    """quantize_group for all groups of a block: their lines of the report, in the order they run.
+
+    The packed layers keep W_hat in .dense: checking a fold then builds and prepares no kernel.
+    """
+    lines, dtype = [], next(block.parameters()).dtype
+    # not in the paper: last group first, since a fold changes rows of an earlier group, which is
+    # then searched and packed as it will be stored.
+    for group, entry in reversed(list(zip(groups, statistics))):
+        lines.insert(0, quantize_group(block, path, group, entry, call, **how))
+        for layer in map(block.get_submodule, group.layers):
+            layer.dense = layer.dequantized_weight().to(dtype)
+    return lines
+
+
+@torch.no_grad()
+def quantize_group(block, path, group, statistics, call, *, tokens, bits, group_size, scale, clip,
+                   refine, input_scale, rounding, exact):
     """Search s for the layers of a group, fold it and pack them; returns their line of the report.
 
     path: the block's name in the model. tokens: of the calibration set; an expert to which fewer
@@ -1075,7 +1133,7 @@ def quantize_group(block, path, group, statistics, call, tokens, *, bits, group_
         raise ValueError(f"the input of {path}.{group.layers[0]} contains NaN or Inf")
     scaled = scale and (group.fold or input_scale)
     weight = block.get_submodule(group.layers[0]).weight
-    with tf32_products(weight):
+    with tf32_products(weight, exact):
         found = (search_group(block, group, W, C, s_X, bits, G, clip, refine) if scaled else
                  search_scale(W, C, s_X, bits, G, clip, alphas=[0.0]))
     if scaled:
@@ -1157,7 +1215,8 @@ def apply_fold(block, group, call, s):
 
 @torch.no_grad()
 def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None, scale=True,
-                   device=None, batch_size=8, progress=True, input_scale=False, rounding=None):
+                   device=None, batch_size=4, progress=True, input_scale=False, rounding=None,
+                   sequential=False, exact=False):
     """Replace the Linears of a transformers causal LM's blocks by AWQLinear, in place.
 
     model: a decoder-only AutoModelForCausalLM, float32, float16 or bfloat16, in CPU or CUDA memory.
@@ -1169,13 +1228,18 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     input_scale: layers whose 1/s can be folded nowhere multiply their input by it (a buffer that no
     other reader of AWQ checkpoints knows: save_quantized refuses it) instead of keeping s = 1.
     rounding: instead of quantize, a function (W, bits, group_size, shrink, C=Gram) of its results.
+    sequential: blocks see the inputs that the quantised blocks before them make, as in GPTQ, at the
+    price of a second pass; unless set, those of the full-precision model, as in the paper's code.
+    exact: multiply in float32, or in the model's own dtype. Unless set, a CPU with instructions for
+    it runs a float32 model's Linears in bfloat16 (see FastLinears), and a GPU searches for a 16-bit
+    model in TF32 (see tf32_products).
 
     Returns the report, a dict of "bits", "group_size", "seconds", "skipped" ({layer: reason}) and
     "groups": a list of {"block", "layers", "folded_into", "fold", "reason" (why s = 1), "alpha",
     "loss_rtn", "loss", "curve", "s"}, losses as in Eq. 4 per token, curve the (alpha, clipped,
-    loss) of the grid, s [K] float32.
-    "stages" gives the seconds of "plan", "statistics" (first pass, Gram matrices), "search"
-    (fold and pack included) and "forward" (second pass, and what the model does between blocks).
+    loss) that the grid tried, s [K] float32.
+    "stages" gives the seconds of "plan", "statistics" (the pass and its Gram matrices), "search"
+    (fold and pack included) and "other" (between blocks; a second pass).
     Under torch.distributed every rank calls this with the same model and tokens, runs its slice of
     the samples and searches the grid on its slice of each layer's rows (refine and rounding: every
     rank on all rows); all end with the same weights.
@@ -1184,40 +1248,51 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
     the model partly quantised.
     """
     watch = Stopwatch()
+    keep_freed_memory()
     check_arguments(model, tokens, bits, group_size, refine, batch_size)
     if len(tokens) < ranks()[1]:
         raise ValueError(f"tokens has {len(tokens)} samples: each of {ranks()[1]} ranks needs one")
     device = check_device(device or ("cuda" if torch.cuda.is_available() else model.device))
     plans, prefix, blocks, calls, skipped = plan_model(model, tokens, bits, group_size)
     watch.lap("plan", device)
-    groups, mine = [], tokens[my_share(len(tokens))].to(model.device)
-    how = {"bits": bits, "group_size": group_size, "scale": scale, "clip": clip, "refine": refine,
-           "input_scale": input_scale, "rounding": rounding}
+    report, mine = [], tokens[my_share(len(tokens))].to(model.device)
+    how = {"tokens": tokens.numel(), "bits": bits, "group_size": group_size, "scale": scale,
+           "clip": clip, "refine": refine, "input_scale": input_scale, "rounding": rounding,
+           "exact": exact}
     hide = not progress or ranks()[0] > 0
     with tqdm(total=len(blocks), desc="quantising", unit="block", disable=hide) as bar:
         def visit(index, block, batches):
-            watch.lap("forward", device)
-            few, lines = calls[index].to(device), []
-            statistics = collect_statistics(block, plans[index], batches)
+            watch.lap("other", device)
+            statistics, outputs = collect_statistics(block, plans[index], batches, exact,
+                                                     model.device)
             watch.lap("statistics", device)
-            # not in the paper: last group first, since a fold changes rows of an earlier group,
-            # which is then searched and packed as it will be stored.
-            for group, entry in reversed(list(zip(plans[index], statistics))):
-                line = quantize_group(block, f"{prefix}.{index}", group, entry, few,
-                                      tokens.numel(), **how)
-                lines.insert(0, {"block": index, **line})
-                for layer in map(block.get_submodule, group.layers):
-                    layer.dense = layer.dequantized_weight().to(model.dtype)
-            groups.extend(lines)
-            bar.set_postfix_str(f"loss {loss_ratio(groups):.3f} of RTN's")
-            bar.update()
+            lines = quantize_block(block, f"{prefix}.{index}", plans[index], statistics,
+                                   calls[index].to(device), **how)
             watch.lap("search", device)
+            if sequential:
+                outputs = run_calls(block, batches, exact, model.device)
+            for module in block.modules():      # no further pass needs W_hat
+                if isinstance(module, AWQLinear):
+                    module.dense = None
+            report.extend({"block": index, **line} for line in lines)
+            bar.set_postfix_str(f"loss {loss_ratio(report):.3f} of RTN's")
+            bar.update()
+            return outputs
 
         walk_blocks(model, blocks, mine, batch_size, device, calls, visit)
-    watch.lap("forward", device)
+    watch.lap("other", device)
     model.config.quantization_config = checkpoint_config(bits, group_size, list(skipped))
-    return {"bits": bits, "group_size": group_size, "groups": groups, "skipped": skipped,
+    return {"bits": bits, "group_size": group_size, "groups": report, "skipped": skipped,
             "seconds": sum(watch.stages.values()), "stages": watch.stages}
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed: new memory, page by page, takes half of the search's seconds.
+
+    Freeing a block of up to 32 MiB raises its limits to that size (the dynamic threshold of
+    mallopt(3)); this one is never touched.
+    """
+    torch.empty(28 * 2 ** 20, dtype=torch.uint8, device="cpu")
 
 
 class Stopwatch:
@@ -2016,6 +2091,10 @@ def main():
     parser.add_argument("--seq-len", type=int, help="tokens a sample (512)")
     parser.add_argument("--refine", choices=list(REFINEMENTS))
     parser.add_argument("--no-clip", action="store_true", help="do not search the clipping")
+    parser.add_argument("--sequential", action="store_true",
+                        help="calibrate on what the quantised blocks make (two passes)")
+    parser.add_argument("--exact", action="store_true",
+                        help="no product in fewer bits than the model's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="where blocks are worked on (cuda if there is one)")
     args = parser.parse_args()
@@ -2030,7 +2109,8 @@ def main():
         report = wrapped.quantize(
             tokenizer, calib_data=args.calib, w_bit=args.bits, q_group_size=args.group_size,
             max_calib_samples=args.samples, max_calib_seq_len=args.seq_len, seed=args.seed,
-            clip=not args.no_clip, refine=args.refine, device=args.device)
+            clip=not args.no_clip, refine=args.refine, device=args.device,
+            sequential=args.sequential, exact=args.exact)
         if ranks()[0] == 0:
             wrapped.save_quantized(args.save, tokenizer)
     except (ValueError, OSError) as error:

@@ -150,17 +150,21 @@ class Method(NamedTuple):
 
 
 PLAIN = {"scale": False, "clip": False}
+GPTQ = {"rounding": gptq, "sequential": True}       # as in its own code, a second pass
 METHODS = {
     "fp": Method("full precision"),
     "rtn": Method("RTN"),
     "awq": Method("AWQ", {}),
     "awq-scale": Method("AWQ, scale only", {"clip": False}),
     "awq-clip": Method("AWQ, clipping only", {"scale": False}),
+    "awq-sequential": Method("AWQ, inputs of quantised blocks", {"sequential": True}),
+    "awq-exact": Method("AWQ, calibrated in float32", {"exact": True}),
     "awq-grid": Method("AWQ + grid refinement", {"refine": "grid"}),
     "awq-gradient": Method("AWQ + gradient refinement", {"refine": "gradient"}),
-    "gptq": Method("GPTQ", {**PLAIN, "rounding": gptq}),
-    "gptq-order": Method("GPTQ, act-order", {**PLAIN, "rounding": partial(gptq, act_order=True)}),
-    "awq-gptq": Method("AWQ, then GPTQ", {"rounding": gptq}),
+    "gptq": Method("GPTQ", {**PLAIN, **GPTQ}),
+    "gptq-order": Method("GPTQ, act-order",
+                         {**PLAIN, **GPTQ, "rounding": partial(gptq, act_order=True)}),
+    "awq-gptq": Method("AWQ, then GPTQ", GPTQ),
     "awq-a8": Method("AWQ, 8-bit activations", {}, activation_bits=8),
     "smooth-awq": Method("SmoothQuant + AWQ, 8-bit activations", {}, None, 0.5, 8),
     "w8a8": Method("RTN W8A8", None, 8, None, 8),
@@ -578,16 +582,18 @@ def study_scale(bench):
 def study_grid_of_alpha(bench):
     """Eq. 5: the loss over alpha, for every group of layers of a block."""
     bits, G = study_grid(bench)
-    report = measure(bench, "awq", bits, G)[1]
     block = bench.setup["block"]
-    lines = [line for line in report["groups"] if line["block"] == block and line["loss_rtn"]]
+    alone, clipped = ([line for line in measure(bench, name, bits, G)[1]["groups"]
+                       if line["block"] == block and line["loss_rtn"]]
+                      for name in ("awq-scale", "awq"))
     rows, panels, best = {}, [], []
-    for line in lines:
+    for pair in zip(alone, clipped):
+        line = pair[1]
         title = ", ".join(name.split(f".{block}.", 1)[1].split(".")[-1] for name in line["layers"])
         series = {}
-        for clipped, what in ((False, "scale alone"), (True, "with clipping")):
-            points = [(alpha, loss / line["loss_rtn"]) for alpha, c, loss in line["curve"]
-                      if c is clipped]
+        for run, what in zip(pair, ("scale alone", "with clipping")):
+            points = [(alpha, loss / run["loss_rtn"]) for alpha, is_clipped, loss in run["curve"]
+                      if is_clipped is (run is line)]
             series[what] = tuple(map(list, zip(*points)))
             for alpha, loss in points:
                 key = f"{alpha:.2f}"
@@ -599,12 +605,12 @@ def study_grid_of_alpha(bench):
     interior = sum(0 < alpha < 1 for _, alpha in best)
     last = [panel["series"]["scale alone"][1] for panel in panels]
     here = (f"in block {block} at INT{bits} scale alone is best inside in {interior} of "
-            f"{len(lines)} groups (alpha {', '.join(f'{alpha:.2f}' for _, alpha in best)}: "
+            f"{len(best)} groups (alpha {', '.join(f'{alpha:.2f}' for _, alpha in best)}: "
             f"{', '.join(f'{loss:.2f}' for loss, _ in best)} of RTN's loss), and alpha = 1 costs "
             f"{', '.join(f'{losses[-1]:.2f}' for losses in last)}")
     paper = "the best alpha lies inside (0, 1), a balance of salient and other channels"
     rows = [{key: row.get(key) for key in rows["0.00"]} for row in rows.values()]
-    return Study(verdict(paper, here, 2 * interior > len(lines)), rows, panels)
+    return Study(verdict(paper, here, 2 * interior > len(best)), rows, panels)
 
 
 def study_methods(bench):
@@ -745,18 +751,18 @@ def study_cost(bench, samples=(32, 128, 512)):
             tokens = torch.randint(256, (count, length), generator=generator)
             report = quantize(random_llama(width, length), METHODS["awq"], bits, G, tokens,
                               bench.args.device)
-            stages = {name: report["stages"][name] for name in ("statistics", "search", "forward")}
+            stages = {name: report["stages"][name] for name in ("statistics", "search", "other")}
             rows.append({"hidden size": width, "samples": count, **stages,
                          "all": report["seconds"]})
         last = rows[-len(samples):]
         series[f"hidden size {width}"] = (samples, [row["all"] for row in last])
     ends = list(zip(rows[::len(samples)], rows[len(samples) - 1::len(samples)]))
     growth = {name: " / ".join(f"{many[name] / few[name]:.1f}" for few, many in ends)
-              for name in ("statistics", "search", "forward")}
+              for name in ("statistics", "search")}
     sentence = (f"With {samples[-1] / samples[0]:.0f} times the samples (of {length} tokens; one "
-                f"random block of hidden size {' / '.join(map(str, WIDTHS))}) the statistics take "
-                f"{growth['statistics']} times as long, the forward pass {growth['forward']} "
-                f"times, the search {growth['search']} times.")
+                f"random block of hidden size {' / '.join(map(str, WIDTHS))}) the pass and its "
+                f"statistics take {growth['statistics']} times as long, the search "
+                f"{growth['search']} times.")
     panel = {"title": f"INT{bits}, one block", "x": "calibration samples", "y": "seconds",
              "series": series, "log": "xy"}
     return Study(sentence, rows, [panel])

@@ -102,7 +102,7 @@ def compare(folder):
     lines = []
     for index, block in enumerate(model.model.layers):
         groups = [awq.Group(layers, None) for layers in GROUPS]
-        for layers, seen in zip(GROUPS, awq.collect_statistics(block, groups, calls)):
+        for layers, seen in zip(GROUPS, awq.collect_statistics(block, groups, calls)[0]):
             C = seen.C.double()
             W = torch.cat([block.get_submodule(name).weight for name in layers])
             rtn = awq.gram_loss((awq.fake_quantize(W, 4, 128) - W).double(), C).item()

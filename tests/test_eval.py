@@ -429,8 +429,8 @@ def test_every_study_gives_a_sentence_and_a_table(readme_run, name):
 def test_cost_study_reports_the_stages_it_was_given(small, monkeypatch):
     """Every stage in its own column, and the growth that of most samples over fewest."""
     def quantize(model, method, bits, G, tokens, device):
-        stages = {"plan": 0.5, "statistics": 1.0 * len(tokens), "search": 7.0,
-                  "forward": 0.5 * len(tokens) ** 2}
+        stages = {"plan": 0.5, "statistics": 0.5 * len(tokens) ** 2, "search": 7.0,
+                  "other": 1.0 * len(tokens)}
         return {"stages": stages, "seconds": sum(stages.values())}
 
     monkeypatch.setattr(evaluation, "quantize", quantize)
@@ -438,10 +438,10 @@ def test_cost_study_reports_the_stages_it_was_given(small, monkeypatch):
     assert [row["samples"] for row in study.rows] == [2, 8] * len(evaluation.WIDTHS)
     for row in study.rows:
         n = row["samples"]
-        assert (row["statistics"], row["search"], row["forward"]) == (n, 7, n * n / 2)
+        assert (row["statistics"], row["search"], row["other"]) == (n * n / 2, 7, n)
         assert row["all"] == 7.5 + n + n * n / 2
-    for words in ("With 4 times the samples", "statistics take 4.0 / 4.0 / 4.0 times",
-                  "forward pass 16.0 / 16.0 / 16.0 times", "search 1.0 / 1.0 / 1.0 times"):
+    for words in ("With 4 times the samples", "statistics take 16.0 / 16.0 / 16.0 times",
+                  "search 1.0 / 1.0 / 1.0 times"):
         assert words in study.sentence
     assert study.panels[0]["series"]["hidden size 128"] == ((2, 8), [11.5, 47.5])
 
@@ -464,6 +464,12 @@ def test_studies_agree_with_rtn_where_they_must(small, monkeypatch):
     assert all(1 <= row["mean delta'/delta"] <= float(row["s"]) for row in study.rows)
 
 
+def test_gptq_has_the_second_pass_of_its_own_code():
+    walks = [method.walk for method in evaluation.METHODS.values()
+             if "rounding" in (method.walk or {})]
+    assert len(walks) == 3 and all(walk["sequential"] for walk in walks)
+
+
 def test_kept_channels_are_those_of_the_highest_score():
     W, _ = problem()
     score = torch.arange(48.0)
@@ -474,14 +480,14 @@ def test_kept_channels_are_those_of_the_highest_score():
     assert evaluation.salient_scale(score, 4.0, 0.05).tolist() == [1.0] * 46 + [4.0] * 2
 
 
-def test_grid_study_shows_the_curves_of_the_report(small):
+def test_grid_study_shows_the_curves_of_the_reports(small):
     bench = bench_of(small, "--block", "1")
     study = evaluation.study_grid_of_alpha(bench)
-    lines = [line for line in evaluation.measure(bench, "awq", 3, 32)[1]["groups"]
-             if line["block"] == 1]
-    assert len(study.rows) == 21 and len(study.panels) == len(lines) == 4
-    for i, line in enumerate(lines):
-        for clipped in (0, 1):
+    assert len(study.rows) == 21 and len(study.panels) == 4
+    for clipped, name in enumerate(("awq-scale", "awq")):
+        lines = [line for line in evaluation.measure(bench, name, 3, 32)[1]["groups"]
+                 if line["block"] == 1]
+        for i, line in enumerate(lines):
             expected = [loss / line["loss_rtn"] for _, c, loss in line["curve"] if c == clipped]
             assert [list(row.values())[1 + 2 * i + clipped] for row in study.rows] == expected
 

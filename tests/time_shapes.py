@@ -50,12 +50,16 @@ def main():
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile the search of the clipping (elementwise passes fused)")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     *sizes, every = SHAPES[args.shape]
     layers = args.layers or every
+    if args.compile:
+        awq.search_rows = torch.compile(awq.search_rows, dynamic=True)
     model = random_llama(*sizes, layers, getattr(torch, args.dtype))
     tokens = torch.randint(32000, (args.samples, args.length))
     size, loaded = sum(p.nbytes for p in model.parameters()) / 2 ** 20, host_mib()
@@ -64,7 +68,8 @@ def main():
     on_gpu = args.device.startswith("cuda")
     name = torch.cuda.get_device_name(args.device) if on_gpu else "CPU"
     print(f"{args.shape}, {layers} of {every} blocks, {args.dtype}, {args.samples} x {args.length} "
-          f"tokens; {name}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+          f"tokens{', compiled search' * args.compile}; {name}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}\n")
     print("| stage | seconds | a block |\n|---|---|---|")
     for stage, seconds in [*report["stages"].items(), ("all", report["seconds"])]:
         print(f"| {stage} | {seconds:.1f} | {seconds / layers:.2f} |")
