@@ -1287,7 +1287,7 @@ def quantize_model(model, tokens, bits=4, group_size=128, clip=True, refine=None
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed: new memory, page by page, takes half of the search's seconds.
+    """Have glibc keep what is freed: new memory, page by page, takes up to half the search's time.
 
     Freeing a block of up to 32 MiB raises its limits to that size (the dynamic threshold of
     mallopt(3)); this one is never touched.
