@@ -22,7 +22,7 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 if rank == int(victim):     # dies in the middle of the second block
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: os._exit(9))
 tokens = torch.load(f"{folder}/tokens.pt")
-report = awq.quantize_model(model, tokens, 4, 64, refine="grid", progress=False, exact=True)
+report = awq.quantize_model(model, tokens, 4, 64, refine="grid", progress=False)
 losses = [line["loss"] for line in report["groups"]]
 torch.save((model.state_dict(), losses), f"{result}/{rank}.pt")
 dist.destroy_process_group()
@@ -67,7 +67,7 @@ def test_two_ranks_end_with_the_weights_of_one_process(folder, tmp_path):
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder)
     report = awq.quantize_model(model, torch.load(folder / "tokens.pt"), 4, 64, refine="grid",
-                                progress=False, exact=True)
+                                progress=False)
     assert losses == pytest.approx([line["loss"] for line in report["groups"]], rel=1e-3)
     for name, module in model.named_modules():
         if isinstance(module, awq.AWQLinear):

@@ -195,8 +195,7 @@ def test_micro_batches_do_not_change_the_result(tokens):
     models = []
     for batch_size in (1, 3, 8):
         models.append(llama())
-        awq.quantize_model(models[-1], tokens, 4, 32, batch_size=batch_size, progress=False,
-                           exact=True)
+        awq.quantize_model(models[-1], tokens, 4, 32, batch_size=batch_size, progress=False)
     for model in models[1:]:
         for (name, a), b in zip(models[0].state_dict().items(), model.state_dict().values()):
             if a.dtype == torch.int32:
@@ -924,7 +923,7 @@ def test_statistics_do_not_depend_on_micro_batches(build, tokens, monkeypatch):
     monkeypatch.setattr(awq, "collect_statistics", spy)
     for batch_size in (3, 8):
         awq.quantize_model(build(), tokens, 8, 32, clip=False, progress=False, scale=False,
-                           batch_size=batch_size, exact=True)
+                           batch_size=batch_size)
     # Gemma 4 hands its blocks an object in which they leave keys and values: not split.
     assert sizes == [1 if build is per_token else 3] * 2 + [1, 1]
     statistics = [entries for entries, _ in seen]
