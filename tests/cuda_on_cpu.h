@@ -3,15 +3,14 @@
 //     g++ -std=c++17 -include tests/cuda_on_cpu.h -fsanitize=kernel-address ... (see cpu_build)
 //
 // Every CUDA thread is a fibre (ucontext): it runs until it needs other threads, at
-// __syncthreads() or mma(), and a scheduler picks the next one in an order drawn from a seed.
-// Blocks run one after the other, in an order drawn from the same seed. What would be a race or a
-// hang on a GPU is then a wrong number under some seed, or one of the messages of fail().
+// __syncthreads() or mma(), and a scheduler picks the next one in an order drawn from a seed, as it
+// does the blocks. A race or a hang is then a wrong number under some seed, or a message of fail().
 //
 // All tensors lie in one arena, with gaps. The compiler's address sanitizer calls the functions
 // below before every load and store, and they fail() on one that is not inside a tensor, is not
 // aligned to its size (a GPU traps there), or stores to an input.
 //
-// Not here: timing, memory ordering finer than the rules at __threadfence(), bank conflicts.
+// Not here: timing, memory ordering finer than barriers and kernel boundaries, bank conflicts.
 #pragma once
 #define CUDA_ON_CPU
 #include <ucontext.h>
@@ -19,9 +18,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -36,13 +35,13 @@ extern "C" void cpu_mutate(int number) { mutation = number; }
 #define LAUNCH(kernel, grid, block, stream, ...) \
   cpu::launch(grid, block, [=] { (kernel)(__VA_ARGS__); })
 
-using cudaStream_t = void*;
 using std::min;
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 // --- fibres ------------------------------------------------------------------------------------
@@ -54,9 +53,7 @@ struct Fibre {
   std::unique_ptr<char[]> stack{new char[STACK]};
   State state;
   dim3 index;
-  bool unfenced;  // has stored a partial sum since its last __threadfence()
-  bool fenced;    // has passed a __threadfence() since its block was counted as arrived
-  unsigned a[4], b[2], mma_count;
+  unsigned a[4], b[2];
   static constexpr size_t STACK = 128 << 10;
 };
 
@@ -66,10 +63,9 @@ inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline std::mt19937 rng;
 inline std::string error;
-inline bool arrived;  // this block has been counted by atomicAdd
 
 struct Range { size_t begin, end; bool writable; };
-inline Range arena, tensors[16];
+inline Range arena, tensors[16];  // no vector: its functions would themselves be checked
 inline int tensor_count;
 
 inline void fail(const char* message) {
@@ -80,11 +76,9 @@ inline void fail(const char* message) {
 UNCHECKED inline void check_access(size_t address, size_t size, bool store) {
   if (address + size <= arena.begin || address >= arena.end) return;  // stack, shared memory
   if (size <= 16 && address % size) return fail("an access that is not aligned to its size");
-  for (int i = 0; i < tensor_count; i++) {
-    const Range& tensor = tensors[i];
-    if (address >= tensor.begin && address + size <= tensor.end)
-      return store && !tensor.writable ? fail("store to an input") : void();
-  }
+  for (int i = 0; i < tensor_count; i++)
+    if (address >= tensors[i].begin && address + size <= tensors[i].end)
+      return store && !tensors[i].writable ? fail("store to an input") : void();
   fail(store ? "store outside the tensors" : "load outside the tensors");
 }
 
@@ -97,8 +91,7 @@ inline void wait(State state) {
 
 inline void entry() {
   body();
-  self->state = DONE;
-  swapcontext(&self->context, &scheduler);
+  wait(DONE);
 }
 
 // Threads that all wait for the same thing may go on; returns whether any did.
@@ -110,21 +103,18 @@ inline bool release(size_t begin, size_t end, State state) {
 }
 
 inline void run_block(size_t threads) {
-  arrived = false;
   std::vector<size_t> order(threads);
+  std::iota(order.begin(), order.end(), 0);
   for (size_t i = 0; i < threads; i++) {
     if (fibres.size() <= i) fibres.push_back(std::make_unique<Fibre>());
     Fibre& f = *fibres[i];
     f.index = dim3(i % blockDim.x, i / blockDim.x);
     f.state = READY;
-    f.unfenced = f.fenced = false;
-    f.mma_count = 0;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = Fibre::STACK;
     f.context.uc_link = nullptr;
     makecontext(&f.context, entry, 0);
-    order[i] = i;
   }
   for (bool progress = true; progress;) {
     progress = false;
@@ -151,7 +141,7 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
   if (block.x > 1024 || grid.y > 65535 || grid.z > 65535 || !grid.x || !grid.y || !grid.z)
     return fail("invalid launch configuration");
   std::vector<size_t> blocks((size_t)grid.x * grid.y * grid.z);
-  for (size_t i = 0; i < blocks.size(); i++) blocks[i] = i;
+  std::iota(blocks.begin(), blocks.end(), 0);
   std::shuffle(blocks.begin(), blocks.end(), rng);
   for (size_t i : blocks) {
     blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
@@ -162,7 +152,7 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
 
 // What the sanitizer calls.
 extern "C" {
-#define ACCESS(size)                                                                      \
+#define ACCESS(size)                                                                          \
   UNCHECKED void __asan_load##size##_noabort(size_t p) { cpu::check_access(p, size, false); } \
   UNCHECKED void __asan_store##size##_noabort(size_t p) { cpu::check_access(p, size, true); }
 ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
@@ -184,35 +174,9 @@ extern "C" void cpu_tensor(size_t begin, size_t bytes, bool writable) {
 extern "C" const char* cpu_error() { return cpu::error.c_str(); }
 
 inline void __syncthreads() { cpu::wait(cpu::AT_BARRIER); }
-
-// --- memory: what one block tells another ------------------------------------------------------
-template <typename T> T __ldg(const T* p) { return *p; }
+inline void __syncwarp() {}  // only there to order the compiler's loads
+inline int cudaGetLastError() { return 0; }
 template <typename T> T __ldcs(const T* p) { return *p; }
-
-template <typename T> void __stcg(T* p, T v) {
-  if (cpu::arrived) cpu::fail("a partial sum stored after its block was counted as arrived");
-  cpu::self->unfenced = true;
-  *p = v;
-}
-
-inline void __threadfence() {
-  cpu::self->unfenced = false;
-  cpu::self->fenced = cpu::arrived;
-}
-
-template <typename T> T atomicAdd(T* p, T v) {
-  for (size_t i = 0; i < blockDim.x; i++)
-    if (cpu::fibres[i]->unfenced) cpu::fail("block counted before a partial sum was fenced");
-  cpu::arrived = true;
-  T old = *p;
-  *p += v;
-  return old;
-}
-
-template <typename T> T __ldcg(const T* p) {
-  if (!cpu::self->fenced) cpu::fail("partial sums read without a fence after the count");
-  return *p;
-}
 
 // --- 16-bit numbers ----------------------------------------------------------------------------
 struct __half { uint16_t bits; };
@@ -232,36 +196,28 @@ inline __half to_half(double v) {
   v = round_to(std::fabs(v), 11, std::ldexp(1.0, -24));
   if (std::isnan(v)) return {0x7fff};
   if (v >= 65536) return {uint16_t(sign | 0x7c00)};
-  if (v < std::ldexp(1.0, -14)) return {uint16_t(sign | (int)std::ldexp(v, 24))};
-  const int e = std::ilogb(v);
-  return {uint16_t(sign | (e + 15) << 10 | ((int)std::ldexp(v, 10 - e) & 1023))};
+  const int e = std::max(std::ilogb(v), -14);  // a subnormal's is that of the smallest normal
+  return {uint16_t(sign | (((e + 14) << 10) + (int)std::ldexp(v, 10 - e)))};
 }
 
 inline float __half2float(__half h) {
   const int e = h.bits >> 10 & 31, f = h.bits & 1023;
   const float v = e == 31 ? (f ? NAN : INFINITY)
-                          : e ? std::ldexp(1024.f + f, e - 25) : std::ldexp((float)f, -24);
+                          : std::ldexp(f + (e ? 1024.f : 0.f), std::max(e, 1) - 25);
   return h.bits >> 15 ? -v : v;
 }
 
+// A bfloat16 is the upper half of a float.
+union Float { float f; uint32_t u; };
 inline __nv_bfloat16 to_bfloat16(double v) {
-  const float f = (float)round_to(v, 8, 0);
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return {uint16_t(std::isnan(f) ? 0x7fff : u >> 16)};
+  const Float whole = {(float)round_to(v, 8, 0)};
+  return {uint16_t(std::isnan(whole.f) ? 0x7fff : whole.u >> 16)};
 }
-
-inline float __bfloat162float(__nv_bfloat16 b) {
-  const uint32_t u = (uint32_t)b.bits << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
+inline float __bfloat162float(__nv_bfloat16 b) { return Float{.u = (uint32_t)b.bits << 16}.f; }
 
 inline __half __float2half_rn(float v) { return to_half(v); }
 inline __half2 __float2half2_rn(float v) { return {to_half(v), to_half(v)}; }
 inline __nv_bfloat16 __float2bfloat16_rn(float v) { return to_bfloat16(v); }
-inline __nv_bfloat162 __float2bfloat162_rn(float v) { return {to_bfloat16(v), to_bfloat16(v)}; }
 
 // Computed in double, where a product or sum of 16-bit numbers is exact, and rounded once.
 inline __half fma16(__half a, __half b, __half c) {
@@ -270,29 +226,25 @@ inline __half fma16(__half a, __half b, __half c) {
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return {fma16(a.x, b.x, c.x), fma16(a.y, b.y, c.y)};
 }
-inline __half2 __hadd2(__half2 a, __half2 b) { return __hfma2(a, __float2half2_rn(1), b); }
-inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
-  return {to_bfloat16((double)__bfloat162float(a.x) + __bfloat162float(b.x)),
-          to_bfloat16((double)__bfloat162float(a.y) + __bfloat162float(b.y))};
+inline __half2 __hmul2(__half2 a, __half2 b) { return __hfma2(a, b, __float2half2_rn(-0.f)); }
+inline __half2 __hsub2(__half2 a, __half2 b) { return __hfma2(b, __float2half2_rn(-1), a); }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {to_bfloat16((double)__bfloat162float(a.x) - __bfloat162float(b.x)),
+          to_bfloat16((double)__bfloat162float(a.y) - __bfloat162float(b.y))};
 }
 
 template <unsigned MASK> unsigned and_or(unsigned v, unsigned magic) { return (v & MASK) | magic; }
 
 // --- mma.sync.m16n8k16, from the fragment tables of the PTX manual -----------------------------
-inline float half_of(unsigned word, int i, __half) {
-  return __half2float({uint16_t(word >> 16 * i)});
-}
-inline float half_of(unsigned word, int i, __nv_bfloat16) {
-  return __bfloat162float({uint16_t(word >> 16 * i)});
-}
+inline float to_number(uint16_t bits, __half) { return __half2float({bits}); }
+inline float to_number(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
 
 template <typename T>
-void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) {
   cpu::Fibre& me = *cpu::self;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   std::copy(a, a + 4, me.a);
   me.b[0] = b0, me.b[1] = b1;
-  me.mma_count++;
   cpu::wait(cpu::AT_MMA);  // every lane has shown its fragments
   const auto* warp = &cpu::fibres[threadIdx.x / 32 * 32];
   float sum[4];
@@ -302,9 +254,8 @@ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     for (int k = 0; k < 16; k++) {
       const auto& left = *warp[row % 8 * 4 + k % 8 / 2];
       const auto& right = *warp[column * 4 + k % 8 / 2];
-      if (left.mma_count != me.mma_count) cpu::fail("lanes of a warp at different mma()");
-      exact += (double)half_of(left.a[k / 8 * 2 + row / 8], k % 2, T{}) *
-               half_of(right.b[k / 8], k % 2, T{});
+      exact += (double)to_number(left.a[k / 8 * 2 + row / 8] >> k % 2 * 16, T{}) *
+               to_number(right.b[k / 8] >> k % 2 * 16, T{});
     }
     sum[i] = (float)exact;
   }

@@ -1,4 +1,4 @@
-"""Train tinylm, the small LLaMA-shaped language model that `python eval.py` quantises offline.
+"""Train tinylm, the small LLaMA-shaped language model that `python eval.py` quantizes offline.
 
     python tinylm/train.py
 
