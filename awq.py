@@ -81,7 +81,7 @@ def group_length(K, bits, group_size):
     if type(bits) is not int or bits not in (2, 3, 4, 8):
         raise ValueError(f"bits is {bits!r}: it must be one of 2, 3, 4, 8")
     G = K if group_size == -1 else group_size
-    if not isinstance(G, int) or G < 1 or K % G:
+    if type(G) is not int or G < 1 or K % G:
         raise ValueError(f"group_size is {group_size!r}: it must be -1 or divide the {K} inputs")
     return G
 
@@ -356,7 +356,11 @@ def round_together(weights, integers, C, how):
     """how.rounding of the weights of a group as one matrix: what it makes of C, it makes once."""
     rows = [len(W) for W in weights]
     delta, zero = (torch.cat(part) for part in list(zip(*integers))[1:])
-    found = how.rounding(torch.cat(weights), delta, zero, how.bits, C)
+    found = q, delta, zero = how.rounding(torch.cat(weights), delta, zero, how.bits, C)
+    if not (q.dtype == zero.dtype == torch.uint8 and q.shape == (sum(rows), len(C))
+            and delta.isfinite().all() and max(q.max(), zero.max()) < 2 ** how.bits):
+        raise ValueError(f"rounding {how.rounding} gave q {q.dtype} {tuple(q.shape)}: it must give "
+                         "q and zero as uint8 below 2^bits, and finite steps delta")
     return list(zip(*(part.split(rows) for part in found)))
 
 
@@ -470,6 +474,9 @@ def quantize_block(work, groups, calls, hidden, how, clock):
         integers |= found
     if how.tuned:
         integers = tune_block(work, integers, calls, hidden, how)
+        # of the block the error has fallen, of a single layer it may have risen
+        for line, group, entry in zip(lines, groups, statistics):
+            line["loss"] = stored_loss(work, group, entry, line["s"], integers)
     # 3. The packed layers take their places.
     if how.sequential:
         for name, found in integers.items():
@@ -490,6 +497,15 @@ def tune_block(work, integers, calls, hidden, how):
         how.bits, lambda given: blocks.replay(work.block, *given),
         list(zip(zip(calls, hidden), work.full)))
     return {layers[layer]: moved for layer, moved in found.items()}
+
+
+def stored_loss(work, group, statistics, s, integers):
+    """L of the integers of a group, whose Linears hold W diag(s)."""
+    if not statistics.tokens:
+        return 0.0
+    errors = [dequantize(*integers[name]) - work.block.get_submodule(name).weight
+              for name in group.layers]
+    return sum(output_error(E / s.to(E.device), statistics.C) for E in errors)
 
 
 def pack_block(block, integers, bits):
@@ -533,9 +549,12 @@ def quantize_model(model, tokens, bits=4, group_size=128, *, clip=True, scale=Tr
     function = ROUNDINGS.get(rounding, rounding) if isinstance(rounding, str) else rounding
     how = Settings(bits, group_size, clip, scale, function, sequential or tuned, tuned)
     check_arguments(model, tokens, how, batch_size)
-    device = check_device(device or ("cuda" if torch.cuda.is_available() else model.device))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else model.device
+    device = check_device(device)
     clock, report = Stopwatch(device), []
-    plan = blocks.plan_model(model.eval(), tokens, lambda layer: misfit(layer, how))
+    with blocks.put_back_if_refused(model):
+        plan = blocks.plan_model(model.eval(), tokens, lambda layer: misfit(layer, how))
     # 2. The arguments of every block, and the hidden states that go into the first.
     batches = my_share(tokens).split(batch_size)
     hidden = [blocks.first_hidden(model, plan.blocks, batch).to(device) for batch in batches]
@@ -597,8 +616,11 @@ def check_arguments(model, tokens, how, batch_size=1):
         raise ValueError(f"batch_size is {batch_size!r}: it must be an integer of at least 1")
     if how.tuned and ranks()[1] > 1:
         raise ValueError("rounding is 'tuned': it runs in one process only")
-    if torch.is_inference_mode_enabled():
-        raise ValueError("torch.inference_mode is on: weights can be changed only outside of it")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise ValueError("torch.inference_mode is on, or was when model was made: weights can be "
+                         "changed only outside of it")
+    if torch.is_autocast_enabled(model.device.type):
+        raise ValueError("torch.autocast is on: the search is in float32")
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64:
         kind = (f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor)
                 else type(tokens).__name__)
@@ -657,7 +679,8 @@ def round_model(model, bits=4, group_size=128):
     clock, how = Stopwatch(model.device), Settings(bits, group_size)
     tokens = torch.zeros(2, sequence_length(model, default=31), dtype=torch.int64)
     check_arguments(model, tokens, how)
-    plan = blocks.plan_model(model.eval(), tokens, lambda layer: misfit(layer, how))
+    with blocks.put_back_if_refused(model):
+        plan = blocks.plan_model(model.eval(), tokens, lambda layer: misfit(layer, how))
     for index, (block, groups) in enumerate(zip(plan.blocks, plan.groups)):
         path = f"{plan.prefix}.{index}"
         pack_block(block, {name: quantize_layer(f"{path}.{name}", block.get_submodule(name).weight,

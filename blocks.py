@@ -53,6 +53,19 @@ def linear_of(weight, bias=None):
     return linear
 
 
+@contextmanager
+def put_back_if_refused(model):
+    """On a ValueError the modules that were replaced meanwhile take their places again."""
+    before = dict(model.named_modules())
+    try:
+        yield
+    except ValueError:
+        for name, module in before.items():
+            if name and model.get_submodule(name) is not module:
+                model.set_submodule(name, module)
+        raise
+
+
 def conv1d_to_linear(model):
     """transformers' Conv1D (GPT-2) stores W^T: turn every one into the nn.Linear that it is."""
     from transformers.pytorch_utils import Conv1D

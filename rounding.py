@@ -176,7 +176,9 @@ def tune(layers, bits, run, batches, steps=50):
     for step in range(steps):
         error, _ = block_error(cells, moves, bits, run, [batches[step % len(batches)]])
         tensors = [x for pair in moves.values() for x in pair]
-        for x, slope, travel in zip(tensors, torch.autograd.grad(error, tensors), cycle(TRAVEL)):
+        # an expert that no token of the batch reaches has a slope of zero
+        slopes = torch.autograd.grad(error, tensors, allow_unused=True, materialize_grads=True)
+        for x, slope, travel in zip(tensors, slopes, cycle(TRAVEL)):
             x.data -= 2 * travel / steps * (1 - step / steps) * slope.sign()
     with torch.no_grad():
         error, points = block_error(cells, moves, bits, run, batches)

@@ -144,6 +144,33 @@ def test_a_rounding_chooses_the_integers_that_are_packed(tokens):
     assert sum(losses) == pytest.approx(sum(line["loss"] for line in report["groups"]), rel=1e-3)
 
 
+def test_gptq_descent_and_tuning_make_the_model_better_in_turn(tokens):
+    """Each from the same grid: by the logits on the calibration text; tuned losses are the stored
+    integers', whose layer sees what the full-precision blocks before it make (there are none)."""
+    expected, errors = llama(layers=1)(tokens).logits, []
+    for rounding in ("nearest", "gptq", "descent", "tuned"):
+        model, report = quantized(llama(layers=1), tokens, 3, scale=False, rounding=rounding,
+                                  sequential=True)
+        errors.append((model(tokens).logits - expected).norm().item())
+    assert errors == sorted(errors, reverse=True)
+    line, original, seen = report["groups"][0], llama(layers=1), []
+    layers = [original.get_submodule(name) for name in line["layers"]]
+    layers[0].register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, -2)))
+    original.base_model(tokens)
+    loss = sum(((W_hat(model.get_submodule(name)) - layer.weight) @ seen[0].T).square().sum()
+               for name, layer in zip(line["layers"], layers)) / len(seen[0])
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rubbish", [
+    lambda W, delta, zero, bits, C: (torch.full(W.shape, 16, dtype=torch.uint8), delta, zero),
+    lambda W, delta, zero, bits, C: (torch.zeros(W.shape), delta, zero),
+    lambda W, delta, zero, bits, C: (W.new_zeros(W.shape, dtype=torch.uint8), delta / 0, zero)])
+def test_a_rounding_that_gives_what_cannot_be_stored_is_refused(rubbish, tokens):
+    with pytest.raises(ValueError, match="rounding .* it must give q and zero as uint8"):
+        quantized(llama(layers=1), tokens, rounding=rubbish)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", SLIDING)
 def test_micro_batches_do_not_change_the_result(model_type, attention):
@@ -280,6 +307,19 @@ def test_what_cannot_be_quantized_is_refused_before_the_work(changes, named):
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         quantized(llama(layers=1), TOKENS)
+
+
+def test_autocast_is_refused(tokens):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast is on"):
+        quantized(llama(layers=1), tokens)
+
+
+def test_a_refused_gpt2_keeps_its_conv1d(tokens):
+    model = small("gpt2")
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="no layer of"):
+        quantized(model, tokens, group_size=7)
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_a_step_above_float16_is_named():

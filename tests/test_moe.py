@@ -133,6 +133,13 @@ def test_an_expert_that_no_token_reaches_is_rounded_plainly_and_named(tokens):
     assert line["reason"] == "0 of 192 calibration tokens: too few, plain rounding"
 
 
+def test_tuning_leaves_an_expert_that_a_batch_does_not_reach(tokens):
+    model = random_model(QWEN2_MOE)
+    report = awq.quantize_model(model, tokens[:1, :4], 3, 32, progress=False, rounding="tuned")
+    assert logits(model, tokens).isfinite().all() and any(
+        "too few" in line["reason"] for line in report["groups"])
+
+
 def test_statistics_of_gate_and_up_are_those_of_the_whole_input(tokens):
     model = random_model(MIXTRAL)
     plan, seen = plan_of(model, tokens), []
