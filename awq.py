@@ -533,32 +533,29 @@ def quantize_model(model, tokens, bits=4, group_size=128, *, clip=True, scale=Tr
     with the same, each run a slice of the samples and end with the same weights.
     clip, scale: search the clipping, the scale s; with neither the result is plain rounding (RTN).
     rounding: "nearest", "gptq", "descent", "tuned", or a function like those of rounding.py.
-    sequential: blocks see what the quantized blocks before them make, at the price of a second
-    pass; unless set, what the full-precision blocks make, as in the paper's code.
-    device: where a block is while it is worked on (default: CUDA if there is one).
-    batch_size: samples that run through a block at once.
+    sequential: blocks see what the quantized blocks before them make, for a second pass; unless
+    set, what the full-precision blocks make, as in the paper's code.
+    device: where blocks are worked on (CUDA if there is one), batch_size samples at a time.
 
     Returns the report: "bits", "group_size", "seconds", "stages" (seconds of each), "skipped"
     ({layer: reason}), "groups", a list of {"block", "layers", "folded_into", "fold", "reason" (why
     s = 1), "alpha", "loss_rtn", "loss" (Eq. 4), "curve" [(alpha, clipped, loss)], "s" [K]}.
-    ValueError for what cannot be quantized, before any work; for NaN or Inf on the way, which
-    leaves the model partly quantized.
+    ValueError for what cannot be quantized, before any work; NaN or Inf on the way leave the model
+    partly quantized.
     """
     # 1. What cannot be quantized is refused, then it is planned what will be.
     tuned = rounding == "tuned"
     function = ROUNDINGS.get(rounding, rounding) if isinstance(rounding, str) else rounding
     how = Settings(bits, group_size, clip, scale, function, sequential or tuned, tuned)
     check_arguments(model, tokens, how, batch_size)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else model.device
-    device = check_device(device)
+    device = working_device(model, device)
     clock, report = Stopwatch(device), []
     with blocks.put_back_if_refused(model):
         plan = blocks.plan_model(model.eval(), tokens, lambda layer: misfit(layer, how))
-    # 2. The arguments of every block, and the hidden states that go into the first.
-    batches = my_share(tokens).split(batch_size)
-    hidden = [blocks.first_hidden(model, plan.blocks, batch).to(device) for batch in batches]
-    calls = record_batches(model, plan.blocks, batches, hidden)
+        # 2. The arguments of every block, and the hidden states that go into the first.
+        batches = my_share(tokens).split(batch_size)
+        hidden = [blocks.first_hidden(model, plan.blocks, batch).to(device) for batch in batches]
+        calls = record_batches(model, plan.blocks, batches, hidden)
     full = list(hidden) if tuned else None
     clock.lap("plan")
     # 3. Block after block.
@@ -566,13 +563,19 @@ def quantize_model(model, tokens, bits=4, group_size=128, *, clip=True, scale=Tr
     for index, block in enumerate(bar):
         work = Work(block, f"{plan.prefix}.{index}", plan.calls[index].map(lambda x: x.to(device)),
                     plan.hidden.to(device), tokens.numel(), full)
+        own = [calls[len(batch)][index] for batch in batches]
         with blocks.moved(block, device):
-            lines, hidden = quantize_block(work, plan.groups[index],
-                                           [calls[len(batch)][index] for batch in batches], hidden,
-                                           how, clock)
+            lines, hidden = quantize_block(work, plan.groups[index], own, hidden, how, clock)
         report += [{"block": index, **line} for line in lines]
         bar.set_postfix_str(f"loss {loss_ratio(report):.3f} of RTN's")
     return finish(model, plan, how, report, clock)
+
+
+def working_device(model, device=None):
+    """The device that blocks are worked on: the one named, else CUDA, else the model's."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else model.device
+    return check_device(device)
 
 
 def finish(model, plan, how, groups, clock):
