@@ -12,6 +12,8 @@ train split (a text file has no splits: give two). Everything but the method is 
 
     perplexity = exp(mean negative log-likelihood of a token): of one vocabulary only
     bits a byte = log2(perplexity) / bytes a token: compares models
+    KL = mean over tokens of sum p log(p / p_hat), p in full precision: what changed, in nats, be it
+    for better or worse (a perplexity also falls where p_hat is only less sure of itself)
 """
 import argparse
 import copy
@@ -38,6 +40,7 @@ from checkpoint import check_device, check_target, load_pretrained, load_tokeniz
 from kernel import AWQLinear
 
 HERE = Path(__file__).resolve().parent
+COMPARED = 8192     # KL is over so many tokens, the first ones: p takes two bytes times V for each
 
 # ---- SmoothQuant: 8-bit weights and activations --------------------------------------------------
 
@@ -196,16 +199,28 @@ def test_windows(data, tokenizer, window, limit=None):
 
 
 @torch.no_grad()
-def perplexity(model, windows):
-    """exp(-mean log p(token | those before it in its window)) of windows [n, length]."""
-    total = torch.zeros((), dtype=torch.float64)
+def log_probabilities(model, windows):
+    """For batches of windows [n, length]: (the tokens predicted, [tokens, V] log-probabilities)."""
     batches = windows.split(max(1, 2048 // windows.shape[1]))   # logits as large as that, no more
     for ids in tqdm(batches, desc="perplexity", leave=False):
         ids = ids.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(),
-                                             reduction="sum").double().cpu()
-    return math.exp(total / windows[:, 1:].numel())
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        yield ids[:, 1:].flatten(), logits.float().log_softmax(-1)
+
+
+def perplexity(model, windows, full=()):
+    """(exp(-mean log p(token | those before it in its window)), KL(full || model) a token).
+
+    full: log-probabilities of the full-precision model in the first batches, where they count.
+    """
+    total, divergence = 0.0, 0.0
+    for index, (ids, log_p) in enumerate(log_probabilities(model, windows)):
+        total -= log_p.gather(1, ids[:, None]).double().sum().item()
+        if index < len(full):
+            divergence += nn.functional.kl_div(log_p, full[index].float(), log_target=True,
+                                               reduction="sum").item()
+    return (math.exp(total / windows[:, 1:].numel()),
+            divergence / max(1, sum(map(len, full))))
 
 
 def size_of(model):
@@ -231,6 +246,7 @@ class Bench(NamedTuple):
     windows: torch.Tensor       # [windows, window] test token ids
     tokens: torch.Tensor        # [samples, length] calibration token ids
     setup: dict
+    full: list                  # log-probabilities [tokens, V] in full precision, to compare with
     known: dict                 # measurements already made
 
 
@@ -243,13 +259,15 @@ def open_bench(args):
     tokens = awq.calibration_tokens(args.calib, tokenizer, args.samples,
                                     awq.sequence_length(model, args.seq_len), args.seed)
     text = "".join(tokenizer.batch_decode(windows, skip_special_tokens=True))
+    full = [log_p.half() for _, log_p in log_probabilities(
+        model, windows[:max(1, COMPARED // window)])]
     setup = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
              "data": args.data, "windows": len(windows), "window": window,
              "bytes_per_token": len(text.encode()) / windows.numel(), "calib": args.calib,
              "samples": len(tokens), "seq_len": tokens.shape[1], "seed": args.seed,
              "device": describe_device(args.device), "python": platform.python_version(),
              "torch": torch.__version__, "transformers": transformers.__version__}
-    return Bench(args, model, tokenizer, windows, tokens, setup, {})
+    return Bench(args, model, tokenizer, windows, tokens, setup, full, {})
 
 
 def quantized(bench, method, bits, group_size, tokens):
@@ -299,10 +317,10 @@ def measure(bench, name, bits=16, group_size=None, tokens=None):
         if name != "fp":
             model, report = quantized(bench, method, bits, group_size, tokens)
         size, bits_per_weight = size_of(model)      # first: layers that have run are rearranged
-        ppl = perplexity(model, bench.windows)
+        ppl, divergence = perplexity(model, bench.windows, bench.full)
         row = {"method": name, "bits": bits, "group_size": group_size,
                "bits_per_weight": bits_per_weight, "bytes": size, "ppl": ppl,
-               "bits_per_byte": math.log2(ppl) / bench.setup["bytes_per_token"],
+               "kl": divergence, "bits_per_byte": math.log2(ppl) / bench.setup["bytes_per_token"],
                "seconds": report["seconds"],
                "published": published(bench.setup, name, bits, group_size)}
         print(f"{method.title}, {bits} bits: {ppl:.3f}", file=sys.stderr)
@@ -374,6 +392,7 @@ def table(rows):
             "difference": f"{row['ppl'] - rows[0]['ppl']:+.3f}" if is_quantized else "",
             "RTN's loss recovered": "" if share is None else f"{share:.0%}",
             "bits a byte": row["bits_per_byte"],
+            "KL": f"{row['kl']:.4f}" if is_quantized else "",
             "seconds": f"{row['seconds']:.1f}" if is_quantized else "",
             **({"paper": paper and f"{paper:.2f}"} if any(r["published"] for r in rows) else {})})
     return markdown(lines)

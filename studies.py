@@ -31,9 +31,10 @@ from eval import METHODS, PUBLISHED, describe, markdown, measure
 
 MODELS = {  # what a run of each may cost: its test windows and calibration sequences
     "tinylm": {"windows": 64, "samples": 128},
-    "smollm2": {"windows": 4, "samples": 32}}
+    "smollm2": {"windows": 3, "samples": 8}}
 CALIBRATED = [name for name, method in METHODS.items()      # that leave activations alone
               if method.walk is not None and not method.activation_bits]
+LARGE, SLOW = 10 ** 8, ("awq-sequential", "awq-tuned")      # of a large model these are left out
 
 
 class Answer(NamedTuple):
@@ -48,6 +49,12 @@ def of_rtn(bench, ppl):
     """The part of RTN's perplexity increase that a perplexity takes back."""
     full, rtn = ppl_of(bench, "fp"), ppl_of(bench, "rtn")
     return (rtn - ppl) / (rtn - full) if rtn != full else 0.0
+
+
+def calibrated(bench):
+    """The methods of CALIBRATED that are measured of a model of this size."""
+    large = bench.setup["parameters"] >= LARGE
+    return [name for name in CALIBRATED if not large or name not in SLOW]
 
 
 def grid_of(bench):
@@ -65,28 +72,41 @@ def ppl_of(bench, name, tokens=None):
 
 def study_all(bench):
     """The paper: AWQ is ahead of GPTQ, and the two add up. AWQ chooses the grid (s and clipping),
-    GPTQ and descent the integers on it. The table has the perplexity over full precision; W8A8 has
-    one group a row; seconds are those of the fewest bits."""
-    keys = [(name, 8) for name in ("fp", "rtn", "awq", "w8a8", "smoothquant")]
-    keys += [(name, bits) for bits in sorted(bench.args.bits, reverse=True) for name in METHODS
-             if name in ("rtn", *CALIBRATED) or bits == 4 and name in ("awq-a8", "smooth-awq")]
+    GPTQ and descent the integers on it. First the perplexity over full precision and the seconds
+    at the fewest bits, then KL from full precision, 1000 times. W8A8 has one group a row; of a
+    model of 100 M parameters or more not all is measured."""
+    keys = [("fp", 16)]
+    if bench.setup["parameters"] < LARGE:
+        keys += [(name, 8) for name in ("rtn", "awq", "w8a8", "smoothquant")]
+        keys += [("awq-a8", 4), ("smooth-awq", 4)]
+    keys += [(name, bits) for bits in bench.args.bits for name in ("rtn", *calibrated(bench))]
     rows = [measure(bench, name, bits, grid_of(bench)[1])[0] for name, bits in keys]
-    full, columns = rows[0], list(dict.fromkeys(f"INT{row['bits']}" for row in rows[1:]))
-    lines = {"fp": {"method": "full precision: perplexity (bits a byte)",
-                    columns[0]: f"{full['ppl']:.3f} ({full['bits_per_byte']:.3f})"}}
-    for row in rows[1:]:
-        line = lines.setdefault(row["method"], {"method": METHODS[row["method"]].title})
-        line[f"INT{row['bits']}"] = f"{row['ppl'] - full['ppl']:+.3f}"
-        line["seconds"] = f"{row['seconds']:.1f}"
-    table = [{key: lines[name].get(key) for key in ("method", *columns, "seconds")}
-             for name in METHODS if name in lines]
-    shares = {name: of_rtn(bench, ppl_of(bench, name)) for name in CALIBRATED}
+    full, columns = rows[0], [f"INT{n}" for n in sorted({row["bits"] for row in rows[1:]})[::-1]]
+    shares = {name: of_rtn(bench, ppl_of(bench, name)) for name in calibrated(bench)}
     best = max(shares, key=shares.get)
     pictured = [row for row in rows if row["method"] in ("fp", "rtn", "awq", "gptq", "awq-gptq",
                                                          "awq-descent")]
     facts = {"bits": bench.args.bits[0], "share": shares, "best": METHODS[best].title,
              "best_share": shares[best], "agrees": shares["awq"] > shares["gptq"]}
-    return Answer(facts, [table], [evaluation.bits_panel(pictured)])
+    lines = by_method(rows, lambda row: f"{row['ppl'] - full['ppl']:+.3f}")
+    for row in rows[1:]:
+        lines[row["method"]]["seconds"] = f"{row['seconds']:.1f}"
+    lines["fp"] = {columns[0]: f"{full['ppl']:.3f} ({full['bits_per_byte']:.3f})"}
+    divergences = by_method(rows, lambda row: f"{1000 * row['kl']:.2f}")
+    return Answer(facts, [
+        [{"perplexity": METHODS[name].title if name != "fp" else "full precision (bits a byte)",
+          **{key: lines[name].get(key) for key in (*columns, "seconds")}}
+         for name in METHODS if name in lines],
+        [{"1000 KL": METHODS[name].title, **{key: divergences[name].get(key) for key in columns}}
+         for name in METHODS if name in divergences]], [evaluation.bits_panel(pictured)])
+
+
+def by_method(rows, text):
+    """{method: {"INT4": text(row), ...}} of the quantized rows."""
+    lines = {}
+    for row in rows[1:]:
+        lines.setdefault(row["method"], {})[f"INT{row['bits']}"] = text(row)
+    return lines
 
 
 # ---- Which channels? (Tables 1 to 3 of the paper) ------------------------------------------------
@@ -107,7 +127,7 @@ def rewritten(bench, what, rewrite):
         model = copy.deepcopy(bench.model)
         for name, layer in quantized_layers(bench, model).items():
             layer.weight.copy_(rewrite(name, layer.weight.float()))
-        bench.known[what] = evaluation.perplexity(model, bench.windows)
+        bench.known[what] = evaluation.perplexity(model, bench.windows)[0]
         print(f"{what}: {bench.known[what]:.3f}", file=sys.stderr)
     return bench.known[what]
 
@@ -336,23 +356,85 @@ def refined_search(refine, search=awq.search_scale):
     return refined
 
 
+def patched(bench, name, search):
+    """(perplexity, KL, report) of AWQ with another function in the place of awq.`name`."""
+    with patch.object(awq, name, search):
+        model, report = evaluation.quantized(bench, METHODS["awq"], *grid_of(bench), bench.tokens)
+    return *evaluation.perplexity(model, bench.windows, bench.full), report
+
+
 def study_refinements(bench):
     """Summaries of AWQ give a factor in [0.5, 1.5] a channel as its search, or gradient descent;
     the paper searches alpha only. Both start from its answer, where channels are free (not behind
     shared heads), and are kept where the loss falls."""
     rows, full = [], ppl_of(bench, "fp")
-    for title, refine in (("grid of alpha (Eq. 5): AWQ", None), ("gradient on log s", by_gradient),
-                          ("a factor in [0.5, 1.5] a channel", by_factors)):
-        search = refined_search(refine) if refine else awq.search_scale
-        with patch.object(awq, "search_scale", search):
-            model, report = evaluation.quantized(bench, METHODS["awq"], *grid_of(bench),
-                                                 bench.tokens)
+    for title, search in (("grid of alpha (Eq. 5): AWQ", awq.search_scale),
+                          ("gradient on log s", refined_search(by_gradient)),
+                          ("a factor in [0.5, 1.5] a channel", refined_search(by_factors))):
+        ppl, divergence, report = patched(bench, "search_scale", search)
         rows.append({"search of s": title, "loss / RTN's": awq.loss_ratio(report["groups"]),
-                     "perplexity": evaluation.perplexity(model, bench.windows),
+                     "perplexity": ppl, "1000 KL": f"{1000 * divergence:.2f}",
                      "seconds": f"{report['seconds']:.1f}"})
     cost = [row["perplexity"] - full for row in rows]
     return Answer({"bits": grid_of(bench)[0], "grid": cost[0], "gradient": cost[1],
                    "factors": cost[2], "seconds": [row["seconds"] for row in rows]}, [rows])
+
+
+# ---- What the search should minimize -------------------------------------------------------------
+
+
+def choosing_by_block(search_scale=awq.search_scale, collect=awq.collect_statistics, batches=4):
+    """(collect_statistics, quantize_group) that take AWQ's s or s = 1, both with clipping: what
+    changes the block's output less on a few micro-batches, all other groups in full precision."""
+    seen = {}
+
+    def collected(block, groups, calls, hidden):
+        found = statistics, outputs = collect(block, groups, calls, hidden)
+        seen.update(pairs=list(zip(calls, hidden, outputs))[:batches])
+        return found
+
+    def error(work, group, choice, how):
+        layers = [work.block.get_submodule(name) for name in group.layers]
+        weights = [layer.weight.clone() for layer in layers]
+        for layer, W, keep in zip(layers, weights, choice.keeps):
+            G = awq.group_length(W.shape[1], how.bits, how.group_size)
+            layer.weight.copy_(awq.Q(W * choice.s, how.bits, G, keep) / choice.s)
+        total = sum((blocks.replay(work.block, call, x) - y).square().sum().item()
+                    for call, x, y in seen["pairs"])
+        for layer, W in zip(layers, weights):
+            layer.weight.copy_(W)
+        return total
+
+    def quantize_group(work, group, statistics, how, quantize_group=awq.quantize_group):
+        def search(weights, C, s_X, settings):
+            best, rtn, curve = search_scale(weights, C, s_X, settings)
+            if not settings.scale:
+                return best, rtn, curve
+            unscaled = search_scale(weights, C, s_X, settings._replace(scale=False))[0]
+            return min(best, unscaled, key=lambda choice: error(work, group, choice, settings)
+                       ), rtn, curve
+        with patch.object(awq, "search_scale", search):
+            return quantize_group(work, group, statistics, how)
+
+    return collected, quantize_group
+
+
+def study_criterion(bench):
+    """The paper minimizes what a module's output changes (Eq. 4; here a Linear's). The last row
+    takes s or s = 1, whichever changes the output of the whole block less. Perplexity over full
+    precision is also lower where predictions are only less sure; KL is not."""
+    collected, quantize_group = choosing_by_block()
+    with patch.object(awq, "collect_statistics", collected):
+        chosen = patched(bench, "quantize_group", quantize_group)
+    measured = [(METHODS[name].title, row["ppl"], row["kl"], report) for name in (
+        "awq-scale", "awq-clip", "awq") for row, report in [measure(bench, name, *grid_of(bench))]]
+    rows = [{"criterion": title, "loss / RTN's": awq.loss_ratio(report["groups"]),
+             "perplexity": f"{ppl - ppl_of(bench, 'fp'):+.3f}", "1000 KL": f"{1000 * kl:.2f}",
+             "seconds": f"{report['seconds']:.1f}"}
+            for title, ppl, kl, report in [*measured, ("AWQ, chosen by the block", *chosen)]]
+    return Answer({"bits": grid_of(bench)[0], **{
+        name: {key: row[column] for key, column in (("ppl", "perplexity"), ("kl", "1000 KL"))}
+        for name, row in zip(("scale", "clip", "awq", "block"), rows)}}, [rows])
 
 
 # ---- Calibration, memory, time -------------------------------------------------------------------
@@ -371,7 +453,8 @@ def study_calibration(bench):
     """The paper: AWQ overfits its calibration text less than GPTQ: another source costs it 0.5 to
     0.6 perplexity, GPTQ 2.3 to 4.9 (OPT-6.7B), and it needs a tenth of the sequences."""
     args = bench.args
-    titles = {name: METHODS[name].title for name in ("awq", "gptq", "awq-descent", "awq-tuned")}
+    titles = {name: METHODS[name].title for name in ("awq", "gptq", "awq-descent", "awq-tuned")
+              if name in calibrated(bench)}
     source, documents = other_documents(args.calib)
     other = awq.calibration_tokens(documents, bench.tokenizer, len(bench.tokens),
                                    bench.tokens.shape[1], args.seed)
@@ -416,7 +499,7 @@ def study_cost(bench):
     "faster than GPTQ"; it gives no seconds. The peak is that of the process, which keeps the
     full-precision model beside the copy that is quantized."""
     few, rows = max(1, len(bench.tokens) // 16), []
-    trials = [(METHODS[name].title, name, bench.tokens) for name in CALIBRATED]
+    trials = [(METHODS[name].title, name, bench.tokens) for name in calibrated(bench)]
     trials.insert(1, (f"AWQ, {few} instead of {len(bench.tokens)} sequences", "awq",
                       bench.tokens[:few]))
     reports = [measure(bench, name, *grid_of(bench), tokens)[1] for _, name, tokens in trials]
@@ -478,6 +561,11 @@ STUDIES = {
         "perplexity over full precision at INT{bits}: alpha alone {grid:+.3f} in {seconds[0]} s, "
         "gradient {gradient:+.3f} in {seconds[1]} s, factors {factors:+.3f} in {seconds[2]} s.",
         models=("tinylm",)),
+    "criterion": Study(
+        study_criterion, "What is the scale worth where clipping is fine?",
+        "at INT{bits} KL is {clip[kl]} thousandths with clipping alone, {scale[kl]} with the "
+        "scale alone, {awq[kl]} with both and {block[kl]} by the block's output; perplexity "
+        "{clip[ppl]}, {scale[ppl]}, {awq[ppl]} and {block[ppl]}."),
     "calibration": Study(
         study_calibration, "How much calibration text, and which?",
         "at INT{bits} {source} instead of {calib} costs AWQ {moved[awq]:+.3f} perplexity, GPTQ "
