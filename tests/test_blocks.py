@@ -1,7 +1,7 @@
 """Blocks: what they are given, what reads what, and where 1/s can go. No bits in here."""
 import pytest
 import torch
-from conftest import Mlp, Toy, llama, opt, small
+from conftest import Mlp, Toy, llama, small
 from torch import nn
 
 import blocks
