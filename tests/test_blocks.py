@@ -1,34 +1,34 @@
 """Blocks: what they are given, what reads what, and where 1/s can go. No bits in here."""
 import pytest
 import torch
-from conftest import Mlp, Toy, llama, opt, small
+from conftest import Mlp, Toy, llama, small
 from torch import nn
 
 import blocks
 
 GQA = {"num_key_value_heads": 2, "head_dim": 16}
 ATTENTION = "q_proj+k_proj+v_proj: {}input_layernorm, o_proj: v_proj, "
+OPT = {"ffn_dim": 128, "word_embed_proj_dim": 64}
 GATED = ATTENTION + "gate_proj+up_proj: {}post_attention_layernorm, down_proj: up_proj"
-MODELS = {      # type: (changes of its config, groups and what takes their 1/s, "-" if nothing)
-    "llama": (GQA, GATED.format("", "")),
-    "gemma": (GQA, GATED.format("1 + ", "1 + ")),
-    "nemotron": (GQA, ATTENTION.format("1 + ") + "up_proj: 1 + post_attention_layernorm, "
+MODELS = [      # type, changes of its config, groups and what takes their 1/s, "-" if nothing
+    ("llama", GQA, GATED.format("", "")),
+    ("gemma", GQA, GATED.format("1 + ", "1 + ")),
+    ("nemotron", GQA, ATTENTION.format("1 + ") + "up_proj: 1 + post_attention_layernorm, "
                                                  "down_proj: root of up_proj"),     # squared ReLU
-    "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64},
-            "q_proj+k_proj+v_proj: self_attn_layer_norm, out_proj: v_proj, fc1: final_layer_norm, "
-            "fc2: fc1"),
-    "gpt2": ({}, "c_attn: ln_1, c_proj: c_attn, c_fc: ln_2, c_proj: -"),
-    "phi3": ({"pad_token_id": 0, "num_key_value_heads": 2},
-             "qkv_proj: input_layernorm, o_proj: qkv_proj, "
-             "gate_up_proj: post_attention_layernorm, down_proj: gate_up_proj"),
-    "phi": ({}, "q_proj+k_proj+v_proj+fc1: input_layernorm, dense: v_proj, fc2: -"),
-    "gpt_neox": ({"use_parallel_residual": True},
-                 "query_key_value: input_layernorm, dense: query_key_value, "
-                 "dense_h_to_4h: post_attention_layernorm, dense_4h_to_h: -"),
-    "falcon": ({"multi_query": True, "parallel_attn": True},
-               "query_key_value+dense_h_to_4h: input_layernorm, dense: query_key_value, "
-               "dense_4h_to_h: -"),
-}
+    ("opt", OPT, "q_proj+k_proj+v_proj: self_attn_layer_norm, out_proj: v_proj, "
+                 "fc1: final_layer_norm, fc2: fc1"),
+    # the norm after the residual: the MLP and the residual read one tensor
+    ("opt", {**OPT, "do_layer_norm_before": False},
+     "q_proj+k_proj+v_proj: -, out_proj: v_proj, fc1: -, fc2: fc1"),
+    ("gpt2", {}, "c_attn: ln_1, c_proj: c_attn, c_fc: ln_2, c_proj: -"),
+    ("phi3", {"pad_token_id": 0, "num_key_value_heads": 2},
+     "qkv_proj: input_layernorm, o_proj: qkv_proj, gate_up_proj: post_attention_layernorm, "
+     "down_proj: gate_up_proj"),
+    ("gpt_neox", {"use_parallel_residual": True},
+     "query_key_value: input_layernorm, dense: query_key_value, "
+     "dense_h_to_4h: post_attention_layernorm, dense_4h_to_h: -"),
+    ("falcon", {"multi_query": True, "parallel_attn": True},
+     "query_key_value+dense_h_to_4h: input_layernorm, dense: query_key_value, dense_4h_to_h: -")]
 
 
 def fits(layer):
@@ -61,13 +61,9 @@ def folds(groups):
 # ---- Folds of whole models -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-def test_folds_are_found_and_leave_the_model_as_it_was(model_type):
-    """Powers of two: not one bit of the logits changes, unless one side alone is scaled.
-
-    Any other s: nothing but rounding. The blocks are planned once and hold for each.
-    """
-    changes, expected = MODELS[model_type]
+@pytest.mark.parametrize("model_type, changes, expected", MODELS)
+def test_folds_are_found_and_leave_the_model_as_it_was(model_type, changes, expected):
+    """Powers of two: not one bit of the logits changes, unless one side alone is scaled."""
     model = small(model_type, **changes)
     tokens = torch.randint(0, 96, (2, 24))
     before = model(tokens).logits
@@ -84,30 +80,6 @@ def test_folds_are_found_and_leave_the_model_as_it_was(model_type):
             assert not torch.equal(model(tokens).logits, logits)
             blocks.multiply_inputs(block, group.layers, s)
             assert torch.equal(model(tokens).logits, logits), group.layers
-    for block, groups in zip(found.blocks, found.groups):
-        for group in filter(lambda group: group.fold, groups):
-            s = torch.rand(int(group.fold.rows.max()) + 1)[group.fold.rows] + 0.5
-            blocks.divide_output(block, group.fold, s)
-            blocks.multiply_inputs(block, group.layers, s)
-    assert (model(tokens).logits - logits).norm() < 1e-5 * logits.norm()
-
-
-def test_heads_that_share_values_share_rows():
-    """4 query heads of 16 on 2 key/value heads: o's channels 0-15 and 16-31 are rows 0-15."""
-    shared = [16 * (head // 2) + i for head in range(4) for i in range(16)]
-    assert plan(llama()).groups[0][1].fold.rows.tolist() == shared
-    fused = plan(small("phi3", pad_token_id=0, num_key_value_heads=2)).groups[0][1].fold
-    assert fused.rows.tolist() == [64 + 32 + row for row in shared]     # after q and k
-
-
-@pytest.mark.parametrize("changes, expected", [
-    ({"activation_function": "gelu"}, "fc1: final_layer_norm, fc2: -"),
-    # the norm after the residual: the MLP and the residual read one tensor
-    ({"do_layer_norm_before": False}, "+v_proj: -, out_proj: v_proj, fc1: -, fc2: fc1")])
-def test_wrong_folds_are_refused(changes, expected):
-    groups = plan(opt(**changes)).groups[0]
-    assert folds(groups).endswith(expected)
-    assert all(bool(group.fold) != bool(group.reason) for group in groups)
 
 
 def test_weights_that_are_zero_do_not_hide_folds_nor_does_a_plan_change_the_model():
@@ -123,30 +95,13 @@ def test_blocks_of_different_structure_have_their_own_plans():
     model.model.layers[1].mlp.act_fn = nn.GELU()        # either commutes with no s
     model.model.layers[2].mlp = nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 64))
     found = plan(model)
-    assert folds(found.groups[0]) == folds(found.groups[1]) == MODELS["llama"][1]
+    assert folds(found.groups[0]) == folds(found.groups[1]) == MODELS[0][2]
     assert folds(found.groups[2]).endswith("o_proj: v_proj, 2: 0")
     assert found.skipped == {"model.layers.2.mlp.0": "4 rows",
                              "lm_head": "outside the decoder blocks"}
 
 
 # ---- Folds of single blocks ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("activation, fold", [
-    (nn.functional.relu, "up"), (lambda x: nn.functional.relu(x).square(), "root of up"),
-    (nn.functional.gelu, "-"), (nn.functional.silu, "-"), (torch.tanh, "-"),
-    (lambda x: nn.functional.relu(x).clamp(max=10), "-")])
-def test_activations_that_commute_with_s_are_folded_through(activation, fold):
-    groups, _ = plan_toy(Mlp(activation))
-    assert folds(groups) == f"up: norm, down: {fold}"
-    assert fold != "-" or "tried: up" in groups[1].reason
-
-
-@pytest.mark.parametrize("also, expected", [(nn.Linear(32, 32), "up+also: norm"),
-                                            (torch.tanh, "up: -")])
-def test_a_second_branch_that_reads_the_norm(also, expected):
-    """A parallel Linear shares s; anything else that reads the norm keeps it from being folded."""
-    assert folds(plan_toy(Mlp(also=also))[0]).startswith(expected)
 
 
 class InPlace(Mlp):
@@ -156,10 +111,6 @@ class InPlace(Mlp):
         x = self.norm(hidden_states)
         y = self.up(x)
         return hidden_states + self.also(x.tanh_()) + self.down(nn.functional.relu(y))
-
-
-def test_a_tensor_that_is_changed_in_place_is_another():
-    assert folds(plan_toy(InPlace(also=nn.Linear(32, 32)))[0]) == "up: -, also: -, down: up"
 
 
 class Fused(Mlp):
@@ -178,12 +129,88 @@ class Fused(Mlp):
         return hidden_states + self.down(nn.functional.silu(gate) * up)
 
 
-@pytest.mark.parametrize("up_first", [False, True])
-def test_fused_gate_up_folds_into_the_right_rows(up_first):
-    groups, _ = plan_toy(Fused(up_first))
-    assert folds(groups) == "up: 1 + norm, down: up"
-    first = 0 if up_first else 64
-    assert groups[1].fold.rows.tolist() == list(range(first, first + 64))
+class HeadNorm(nn.Module):
+    """A gain of 16 for each of four heads, between two Linears; v's rows are not folded into."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.out = nn.Linear(64, 64), nn.LayerNorm(16), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x + self.out(self.norm(self.inner(x).unflatten(-1, (4, 16))).flatten(-2))
+
+
+class Leaves(Mlp):
+    """Also puts what it computed into a dict it was given, for a later block."""
+
+    def forward(self, hidden_states, store):
+        store["up"] = self.up(self.norm(hidden_states))
+        return hidden_states + self.down(nn.functional.relu(store["up"]))
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4's: a matrix of [N/2, K] for each half of the input [..., 2 K]."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features // 2, out_features)
+
+    def forward(self, x):
+        halves = x.unflatten(-1, (2, -1)).transpose(-2, -3)             # [B, 2, T, K]
+        W = self.weight.unflatten(0, (2, -1)).transpose(-1, -2)         # [2, K, N/2]
+        return (halves @ W).transpose(-2, -3).flatten(-2) + self.bias
+
+
+class Renamed(nn.Linear):
+    """As Falcon's: the same product in other words."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Clipped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-20, 20)
+
+
+def with_up(kind):
+    block = Mlp()
+    block.up = kind(32, 64)
+    return block
+
+
+@pytest.mark.parametrize("block, expected, skipped", [
+    (Mlp(lambda x: nn.functional.relu(x).square()), "up: norm, down: root of up", {}),
+    (Mlp(lambda x: nn.functional.relu(x).clamp(max=10)), "up: norm, down: -", {}),
+    (Mlp(nn.functional.gelu), "up: norm, down: -", {}),
+    # a parallel Linear shares s; anything else that reads the norm keeps it from being folded
+    (Mlp(also=nn.Linear(32, 32)), "up+also: norm, down: up", {}),
+    (Mlp(also=torch.tanh), "up: -, down: up", {}),
+    (InPlace(also=nn.Linear(32, 32)), "up: -, also: -, down: up", {}),
+    # what does not multiply by its weight stays, and is no place for a fold
+    (with_up(Renamed), "up: norm, down: up", {}),
+    (with_up(Grouped), "down: -", {"up": "a Grouped, which is not a product with its weight"}),
+    (with_up(Clipped), "down: -", {"up": "a Clipped, which is not a product with its weight"}),
+    # beside plain layers: times s, unpacked; and one whose weight has no columns for s
+    (Mlp(also=nn.Sequential(nn.Linear(32, 1))), "up: norm, down: up", {"also.0": "1 rows"}),
+    (Mlp(also=nn.Sequential(Grouped(32, 32))), "up: -, down: up",
+     {"also.0": "a Grouped, which is not a product with its weight"})])
+def test_folds_of_a_block(block, expected, skipped):
+    groups, stay = plan_toy(block)
+    assert folds(groups) == expected and stay == skipped
+    assert all(bool(group.fold) != bool(group.reason) for group in groups)
+
+
+@pytest.mark.parametrize("block, width, expected, rows", [
+    (Fused(up_first=False), 32, "up: 1 + norm, down: up", range(64, 128)),
+    (Fused(up_first=True), 32, "up: 1 + norm, down: up", range(64)),
+    (HeadNorm(), 64, "inner: -, out: norm", [*range(16)] * 4)])
+def test_rows_that_a_fold_divides(block, width, expected, rows):
+    groups, _ = plan_toy(block, width)
+    assert folds(groups) == expected and groups[1].fold.rows.tolist() == list(rows)
+
+
+def test_what_a_block_leaves_for_later_ones_must_not_change():
+    assert folds(plan_toy(Leaves(), store={})[0]) == "up: norm, down: -"
 
 
 def test_the_proof_refuses_wrong_rows_a_wrong_kind_and_what_has_no_effect():
@@ -199,49 +226,6 @@ def test_the_proof_refuses_wrong_rows_a_wrong_kind_and_what_has_no_effect():
     assert blocks.folds_are_exact(probe, [norm], [["up"]])
     block.down.weight.data.zero_()          # its output ignores the layers: anything would pass
     assert not blocks.folds_are_exact(probe, [right], [["down"]])
-
-
-class HeadNorm(nn.Module):
-    """A gain of 16 for each of four heads, between two Linears; v's rows are not folded into."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.norm, self.out = nn.Linear(64, 64), nn.LayerNorm(16), nn.Linear(64, 64)
-
-    def forward(self, x):
-        return x + self.out(self.norm(self.inner(x).unflatten(-1, (4, 16))).flatten(-2))
-
-
-def test_a_gain_that_all_heads_share_takes_a_shared_s():
-    groups, _ = plan_toy(HeadNorm(), width=64)
-    assert folds(groups) == "inner: -, out: norm"
-    assert groups[1].fold.rows.tolist() == list(range(16)) * 4
-
-
-@pytest.mark.parametrize("offset, power, weight, bias", [
-    (0, 1, [0.5, 2, 0.5, 1 / 8], [0.75, 3, 0.75, 3 / 16]),
-    (1, 1, [-0.25, 2, -0.25, 3 / 16 - 1], [0.75, 3, 0.75, 3 / 16]),
-    (0, 0.5, [1, 2, 1, 0.5], [1.5, 3, 1.5, 0.75])])
-@pytest.mark.parametrize("producer", [nn.LayerNorm(4), nn.Linear(3, 4)])
-def test_a_bias_is_divided_with_its_channels(producer, offset, power, weight, bias):
-    producer.weight.data.fill_(2.0)
-    producer.bias.data.fill_(3.0)
-    fold = blocks.Fold("0", torch.tensor([0, 2, 3]), offset, power)     # nobody reads row 1
-    blocks.divide_output(nn.Sequential(producer), fold, torch.tensor([4.0, 4, 16]))
-    assert producer.bias.tolist() == bias
-    assert producer.weight.view(4, -1)[:, -1].tolist() == weight
-
-
-class Leaves(Mlp):
-    """Also puts what it computed into a dict it was given, for a later block."""
-
-    def forward(self, hidden_states, store):
-        store["up"] = self.up(self.norm(hidden_states))
-        return hidden_states + self.down(nn.functional.relu(store["up"]))
-
-
-def test_what_a_block_leaves_for_later_ones_must_not_change():
-    assert folds(plan_toy(Leaves(), store={})[0]) == "up: norm, down: -"
 
 
 # ---- Layers that stay ----------------------------------------------------------------------------
@@ -312,55 +296,6 @@ def test_one_module_used_by_two_blocks_is_left_alone():
         assert "shares its input" in found.skipped[f"model.layers.{i}.mlp.gate_proj"]
 
 
-class Grouped(nn.Linear):
-    """As DeepSeek-V4's: a matrix of [N/2, K] for each half of the input [..., 2 K]."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features // 2, out_features)
-
-    def forward(self, x):
-        halves = x.unflatten(-1, (2, -1)).transpose(-2, -3)             # [B, 2, T, K]
-        W = self.weight.unflatten(0, (2, -1)).transpose(-1, -2)         # [2, K, N/2]
-        return (halves @ W).transpose(-2, -3).flatten(-2) + self.bias
-
-
-class Renamed(nn.Linear):
-    """As Falcon's: the same product in other words."""
-
-    def forward(self, x):
-        return x @ self.weight.T + self.bias
-
-
-class Clipped(nn.Linear):
-    def forward(self, x):
-        return super().forward(x).clamp(-20, 20)
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-@pytest.mark.parametrize("kind, plain", [(nn.Linear, True), (Renamed, True), (Grouped, False),
-                                         (Clipped, False), (Doubled, False)])
-def test_only_what_multiplies_by_its_weight_is_quantized(kind, plain):
-    """Another product under the name of a Linear stays, and is no place for a fold."""
-    block = Mlp()
-    block.up = kind(32, 64)
-    groups, skipped = plan_toy(block)
-    assert folds(groups) == ("up: norm, down: up" if plain else "down: -")
-    assert plain or skipped == {"up": f"a {kind.__name__}, which is not a product with its weight"}
-
-
-@pytest.mark.parametrize("odd, expected, kept", [
-    (nn.Linear(32, 1), "up: norm, down: up", ("also.0",)),      # as wide as s: times s, unpacked
-    (Grouped(32, 32), "up: -, down: up", ("also.0",))])         # s has no columns of its weight
-def test_an_odd_layer_of_another_module_beside_plain_ones(odd, expected, kept):
-    groups, skipped = plan_toy(Mlp(also=nn.Sequential(odd)))
-    assert folds(groups) == expected and groups[0].kept == kept and list(skipped) == ["also.0"]
-    assert groups[0].fold or "also.0 reads the same tensor" in groups[0].reason
-
-
 # ---- Record and replay ---------------------------------------------------------------------------
 
 SLIDING = {
@@ -408,14 +343,6 @@ def shifted_by_text(model, x, tokens):
     return x
 
 
-def twice(model, x, tokens):
-    return in_turn(model, in_turn(model, x, tokens), tokens)
-
-
-def changed_between(model, x, tokens):
-    return model.blocks[1](model.blocks[0](x) * 1.01)
-
-
 def kept_in_a_dict(model, x, tokens):
     store = {}
     x = model.blocks[0](x, store=store)
@@ -425,9 +352,11 @@ def kept_in_a_dict(model, x, tokens):
 @pytest.mark.parametrize("run, inner, named", [
     (shifted_by_text, [], "arguments that depend on the text"),
     (kept_in_a_dict, [Leaves(), Mlp()], "arguments that depend on the text"),
-    (twice, [], "block 0 runs more than once"),
+    (lambda model, x, tokens: in_turn(model, in_turn(model, x, tokens), tokens), [],
+     "block 0 runs more than once"),
     (lambda model, x, tokens: model.blocks[1](x), [], r"blocks \[0\] do not run"),
-    (changed_between, [], "make other hidden states than the model does"),
+    (lambda model, x, tokens: model.blocks[1](model.blocks[0](x) * 1.01), [],
+     "make other hidden states than the model does"),
     (in_turn, [nn.ReLU(), nn.Sequential(nn.Linear(32, 4))], "no layer of Toy can be .* 4 rows"),
     (lambda model, x, tokens: x, [], "no nn.ModuleList")])
 def test_models_that_are_not_a_row_of_blocks_are_refused(run, inner, named):

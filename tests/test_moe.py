@@ -86,15 +86,20 @@ def test_experts_that_do_not_fit_stay_fused_with_the_reason(tokens, tmp_path):
 # ---- What reads what -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config, up", [(MIXTRAL, "w3"), (QWEN2_MOE, "up_proj"),
-                                        (DEEPSEEK_V3, "up_proj"), (GPT_OSS, None)])
-def test_experts_share_s_with_the_router_and_down_folds_into_its_own_up(config, up, tokens):
-    """gpt_oss adds 1 to what up makes: no row can be scaled there, and that is found out."""
-    plan = plan_of(random_model(config), tokens)
-    groups = [group for group in plan.groups[0] if "mlp" in group.layers[0]]
+@pytest.mark.parametrize("config, count, up", [
+    (MIXTRAL, 4, "w3"), (QWEN2_MOE, 9, "up_proj"), (DEEPSEEK_V3, 9, "up_proj"), (GPT_OSS, 4, None)])
+def test_experts_share_s_with_the_router_and_down_folds_into_its_own_up(config, count, up, tokens):
+    """gpt_oss adds 1 to what up makes: no row can be scaled there, and that is found out.
+
+    Every expert is planned (one of them may be shared), whatever the router's biases are.
+    """
+    model = random_model(config)
+    if config is DEEPSEEK_V3:
+        model.model.layers[0].mlp.gate.e_score_correction_bias[3] = -100
+    groups = [group for group in plan_of(model, tokens).groups[0] if "mlp" in group.layers[0]]
     first, downs = groups[0], groups[1:]
     assert first.fold.producer == "post_attention_layernorm"
-    assert len(first.layers) == 2 * len(downs)          # of each expert, and of a shared one
+    assert len(downs) == count and len(first.layers) == 2 * count
     assert {"mlp.gate", "mlp.router"} & set(first.kept)
     for group in downs:
         expert, _, _ = group.layers[0].rpartition(".")
@@ -107,8 +112,8 @@ def test_many_experts_are_proven_at_once(tokens, monkeypatch):
     monkeypatch.setattr(blocks, "folds_are_exact",
                         lambda *args: proofs.append(prove(*args)) or proofs[-1])
     few = len(plan_of(random_model(QWEN2_MOE), tokens).groups[0]), len(proofs)
-    many = len(plan_of(random_model(QWEN2_MOE, num_experts=64), tokens).groups[0]), len(proofs)
-    assert many == (few[0] + 56, 2 * few[1])
+    many = len(plan_of(random_model(QWEN2_MOE, num_experts=24), tokens).groups[0]), len(proofs)
+    assert many == (few[0] + 16, 2 * few[1])
 
 
 def test_a_router_that_is_left_out_is_found_out(tokens):
@@ -125,17 +130,9 @@ def test_a_router_that_is_left_out_is_found_out(tokens):
 # ---- Quantize ------------------------------------------------------------------------------------
 
 
-def test_an_expert_that_no_token_reaches_is_rounded_plainly_and_named(tokens):
-    model = random_model(DEEPSEEK_V3)
-    model.model.layers[0].mlp.gate.e_score_correction_bias[3] = -100
-    report = awq.quantize_model(model, tokens, 4, 32, clip=False, progress=False)
-    line = next(line for line in report["groups"] if "experts.3.down_proj" in line["layers"][0])
-    assert line["reason"] == "0 of 192 calibration tokens: too few, plain rounding"
-
-
 def test_tuning_leaves_an_expert_that_a_batch_does_not_reach(tokens):
-    model = random_model(QWEN2_MOE)
-    report = awq.quantize_model(model, tokens[:1, :4], 3, 32, progress=False, rounding="tuned")
+    model = random_model(MIXTRAL)
+    report = awq.quantize_model(model, tokens[:1, :1], 3, 32, progress=False, rounding="tuned")
     assert logits(model, tokens).isfinite().all() and any(
         "too few" in line["reason"] for line in report["groups"])
 
@@ -180,45 +177,33 @@ def test_a_token_touches_only_the_experts_that_are_chosen(tokens):
     assert len(set(chosen)) == 2 and torch.equal(logits(model, tokens[:1, :1]), expected)
 
 
-def test_more_chosen_experts_than_there_are_is_one_clear_error(tokens):
-    model = random_model(QWEN2_MOE)
-    model.model.layers[0].mlp.gate.top_k = 9
-    with pytest.raises((RuntimeError, ValueError), match="k out of range"):
-        awq.quantize_model(model, tokens, 4, 32, progress=False)
-
-
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-def test_names_are_those_of_the_hub(tokens, tmp_path):
-    model = random_model(MIXTRAL)
-    awq.quantize_model(model, tokens, 4, 32, clip=False, progress=False)
-    awq.save_quantized(model, tmp_path / "model")
-    names = load_file(tmp_path / "model/model.safetensors").keys()
-    for projection in ("w1", "w2", "w3"):
-        assert f"model.layers.0.block_sparse_moe.experts.3.{projection}.qweight" in names
-    config = json.loads((tmp_path / "model/config.json").read_text())["quantization_config"]
-    assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.block_sparse_moe.gate"]
-    loaded = awq.load_quantized(tmp_path / "model")
-    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
-
-
-def test_a_checkpoint_as_autoawq_wrote_it_loads(tokens, tmp_path):
+def test_a_checkpoint_is_as_autoawq_would_write_it_and_loads(tokens, tmp_path):
     """Made by hand from a plain checkpoint: packed experts under w1, w2, w3, the router plain."""
     model = random_model(MIXTRAL)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+    model.save_pretrained(tmp_path / "hand")
+    tensors = load_file(tmp_path / "hand/model.safetensors")
     for name in [name for name, W in tensors.items() if "layers" in name and W.ndim == 2
                  and not name.endswith("gate.weight")]:
-        q, delta, zero = awq.quantize(W := tensors.pop(name), 4, 32)
+        q, delta, zero = awq.quantize(tensors.pop(name), 4, 32)
         path = name.removesuffix("weight")
         tensors |= {path + "qweight": awq.pack(q.T), path + "qzeros": awq.pack(zero.T),
                     path + "scales": delta.T.contiguous()}
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
+    assert "model.layers.0.block_sparse_moe.experts.3.w2.qweight" in tensors
+    save_file(tensors, tmp_path / "hand/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "hand/config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
         "modules_to_not_convert": ["gate"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hand/config.json").write_text(json.dumps(config))
     awq.round_model(model, 4, 32)
-    assert torch.equal(logits(awq.load_quantized(tmp_path), tokens), logits(model, tokens))
+    awq.save_quantized(model, tmp_path / "ours")
+    ours = load_file(tmp_path / "ours/model.safetensors")
+    assert ours.keys() == tensors.keys() and all(torch.equal(ours[x], tensors[x]) for x in ours)
+    config = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
+    assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.block_sparse_moe.gate"]
+    for folder in ("hand", "ours"):
+        loaded = awq.load_quantized(tmp_path / folder)
+        assert torch.equal(logits(loaded, tokens), logits(model, tokens))
