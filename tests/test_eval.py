@@ -43,16 +43,21 @@ def bench_of(*options):
 
 
 @pytest.mark.parametrize("length", [12, 1500])
-def test_perplexity_equals_a_loop_in_float64(length):
-    """One window at a time; in batches and a window a batch."""
-    model = llama(layers=1, max_position_embeddings=2048)
+def test_perplexity_and_divergence_equal_a_loop_in_float64(length):
+    """One window and one token at a time; in batches and a window a batch; KL of the first."""
+    full, model = (llama(layers=1, seed=seed, max_position_embeddings=2048) for seed in (0, 1))
     windows = torch.randint(0, 96, (3, length), generator=torch.Generator().manual_seed(1))
-    total = 0.0
+    first = [log_p for _, log_p in evaluation.log_probabilities(full, windows)][:1]
+    total, divergences = 0.0, []
     for window in windows:
-        log_p = torch.log_softmax(model(window[None]).logits[0].double(), -1)
-        total -= log_p[torch.arange(length - 1), window[1:]].sum().item()
-    assert math.isclose(evaluation.perplexity(model, windows),
-                        math.exp(total / (3 * (length - 1))), rel_tol=1e-5)
+        log_p, log_full = (torch.log_softmax(m(window[None]).logits[0].double(), -1)[:-1]
+                           for m in (model, full))
+        total -= sum(log_p[i, window[i + 1]].item() for i in range(length - 1))
+        divergences += (log_full.exp() * (log_full - log_p)).sum(-1).tolist()
+    ppl, divergence = evaluation.perplexity(model, windows, first)
+    assert math.isclose(ppl, math.exp(total / (3 * (length - 1))), rel_tol=1e-5)
+    compared = divergences[:len(first[0])]
+    assert math.isclose(divergence, sum(compared) / len(compared), rel_tol=1e-4)
 
 
 def test_windows_are_the_text_in_order(small):
@@ -78,7 +83,7 @@ def test_awq_takes_back_what_rtn_loses_on_tinylm(quick):
 
 def row(method, bits, ppl, published=None):
     return {"method": method, "bits": bits, "group_size": 128, "bits_per_weight": 3.15,
-            "bytes": 2e6, "ppl": ppl, "bits_per_byte": 1.5, "seconds": 1.0, "published": published}
+            "bytes": 2e6, "ppl": ppl, "kl": 0.1, "bits_per_byte": 1.5, "seconds": 1.0, "published": published}
 
 
 def test_table_and_picture_count_what_rtn_lost():
@@ -137,7 +142,7 @@ def test_the_model_is_left_alone_measured_once_and_saved_as_measured(small, tmp_
     before = {name: p.clone() for name, p in bench.model.state_dict().items()}
     ppl = evaluation.measure_all(bench)[1]["ppl"]
     saved = awq.load_quantized(tmp_path / "q", dtype=torch.float32).eval()
-    assert evaluation.perplexity(saved, bench.windows) == pytest.approx(ppl, rel=1e-6)
+    assert evaluation.perplexity(saved, bench.windows)[0] == pytest.approx(ppl, rel=1e-6)
     bench.args.save = None
     for name in ("awq-gptq", "smooth-awq"):
         found = evaluation.measure(bench, name, 4, 32)
