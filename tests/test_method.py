@@ -1,6 +1,5 @@
 """The method: quantizer, packing, loss, search. Oracles are plain loops and float64."""
 import doctest
-import hashlib
 import math
 
 import numpy as np
@@ -71,40 +70,19 @@ def test_quantize_equals_a_loop(case, keep):
         assert ours.numpy().dtype == expected.dtype and np.array_equal(ours.numpy(), expected)
 
 
-@pytest.mark.parametrize("bits, digest", [
-    (2, "9ea3956cc3812310"), (3, "c7fa05d71091aeb1"), (4, "f8a94325c917b96b"),
-    (8, "d65fdbb6eefea45d")])
-def test_the_bits_are_those_of_the_first_release(bits, digest):
-    """SHA-256 of q, delta, zero, W_hat and the words, as checkpoints in use were written."""
-    W = ((torch.arange(16 * 128) * 2654435761 % 65521 - 32760).float() / 4096).view(16, 128)
-    W[0], W[1], W[2], W[3], W[4, 1:] = 0, W[1, 0].item(), W[2].abs(), -W[3].abs(), 0
-    W[5], W[6], W[7], W[8, :32] = W[5] * 1e-8, W[6] * 1e-6, W[7] * 1000, (W[8, :32] * 2).round()
-    q, delta, zero = quantize(W, bits, 32)
-    parts = q, delta, zero, dequantize(q, delta, zero), pack(q.T.contiguous(), bits)
-    found = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-    assert found[:16] == digest
-
-
 @given(weights())
 def test_error_is_at_most_half_a_step_inside_the_range(case):
-    """|W - W_hat| <= delta / 2 where q did not saturate; float16 holds the range to 2^-11."""
+    """|W - W_hat| <= delta / 2 where q did not saturate; float16 holds the range to 2^-11. Zero
+    stays zero, nothing is NaN."""
     W, bits, G = case
     q, delta, zero = quantize(W, bits, G)
+    W_hat = dequantize(q, delta, zero).double()
     step, z = (x.double().repeat_interleave(G, 1) for x in (delta, zero))
     inside = W.double().clamp(-z * step, (2 ** bits - 1 - z) * step)
-    error = (inside - dequantize(q, delta, zero).double()).abs()
-    assert (error <= step / 2 * (1 + 1e-5)).all()
+    assert ((inside - W_hat).abs() <= step / 2 * (1 + 1e-5)).all()
     # a step too small for float16 leaves the group at 0: an error below 2^-25 (2^bits - 1)
     assert ((W.double() - inside).abs() <= step * (0.5 + 2 ** bits * 2 ** -10) + 2 ** -16).all()
-
-
-@given(weights())
-def test_rounding_a_rounded_weight_to_its_grid_changes_nothing(case):
-    W, bits, G = case
-    q, delta, zero = quantize(W, bits, G)
-    again = awq.round_to_grid(dequantize(q, delta, zero), delta.float(), zero.float(), bits)
-    assert torch.equal(again.to(torch.uint8), torch.where(
-        delta.repeat_interleave(G, 1) > 0, q, zero.repeat_interleave(G, 1)))
+    assert (W_hat[W == 0] == 0).all()
 
 
 @given(weights(), st.floats(0.3, 1), st.floats(0.3, 1))
@@ -121,18 +99,6 @@ def test_q_is_there_and_back(case, low, high):
                        dequantize(q, delta, zero))
 
 
-@given(weights())
-def test_zero_stays_zero_and_nothing_is_nan(case):
-    W_hat = Q(*case)
-    assert W_hat.isfinite().all() and (W_hat[case[0] == 0] == 0).all()
-
-
-def test_one_sign_group_does_not_collapse():
-    """Without widening the range to 0 the clamped zero point would lose [10, 11] altogether."""
-    W = torch.linspace(10, 11, 8)[None]
-    assert (Q(W, 4, 8) - W).abs().max() < 11 / 15 / 2 + 0.01
-
-
 def test_quantize_takes_any_layout_and_dtype():
     """float16, transposed and sliced weights, group_size -1 and the defaults."""
     W = torch.randn(128, 6).half().T
@@ -141,18 +107,14 @@ def test_quantize_takes_any_layout_and_dtype():
 
 
 @pytest.mark.parametrize("W, bits, group_size, named", [
-    (torch.zeros(2, 32), 5, 32, "bits is 5"),
-    (torch.zeros(2, 32), "4", 32, "bits is '4'"),
-    (torch.zeros(2, 32), 4, 0, "group_size is 0"),
-    (torch.zeros(2, 32), 4, -2, "group_size is -2"),
+    (torch.zeros(2, 32), 5, 32, "bits is 5"), (torch.zeros(2, 32), "4", 32, "bits is '4'"),
+    (torch.zeros(2, 32), 4, 0, "group_size is 0"), (torch.zeros(2, 32), 4, -2, "group_size is -2"),
     (torch.zeros(2, 32), 4, 24, "group_size is 24: .* divide the 32 inputs"),
     (torch.zeros(2, 32), 4, 16.0, "group_size is 16.0"),
-    (torch.zeros(32), 4, 32, "W has shape"),
-    (torch.zeros(0, 32), 4, 32, "W has shape"),
+    (torch.zeros(32), 4, 32, "W has shape"), (torch.zeros(0, 32), 4, 32, "W has shape"),
     (torch.full((2, 32), float("nan")), 4, 32, "NaN or Inf"),
     (torch.full((2, 32), float("inf")), 4, 32, "NaN or Inf"),
-    (torch.full((2, 32), 1e7), 4, 32, "float16"),
-])
+    (torch.full((2, 32), 1e7), 4, 32, "float16")])
 def test_bad_input_is_named(W, bits, group_size, named):
     with pytest.raises(ValueError, match=named):
         quantize(W, bits, group_size)
@@ -184,19 +146,6 @@ def test_words_hold_every_bit_where_the_format_says(bits, rows, columns, seed):
 # ---- Loss and search -----------------------------------------------------------------------------
 
 
-@given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), SEEDS)
-def test_scaling_equivalence(dtype, seed):
-    """(W s)(x / s) = W x: within rounding for any s, to the last bit for powers of two."""
-    generator = torch.Generator().manual_seed(seed)
-    W, x = (torch.randn(n, 32, generator=generator).to(dtype) for n in (8, 5))
-    powers = (2.0 ** torch.randint(-3, 4, (32,), generator=generator)).to(dtype)
-    assert torch.equal((x / powers) @ (W * powers).T, x @ W.T)
-    s = (torch.rand(32, generator=generator) + 0.5).to(dtype)
-    exact = x.double() @ W.double().T
-    bound = (x.double().abs() @ W.double().abs().T) * torch.finfo(dtype).eps * 4
-    assert (((x / s).double() @ (W * s).double().T - exact).abs() <= bound).all()
-
-
 def layer(seed, N=24, K=64, T=200):
     """A weight and inputs whose channels differ in size, as salient channels do."""
     generator = torch.Generator().manual_seed(seed)
@@ -204,18 +153,16 @@ def layer(seed, N=24, K=64, T=200):
     return W, torch.randn(T, K, generator=generator) * torch.randn(K, generator=generator).exp()
 
 
-def statistics_of(X):
-    statistics = awq.InputStatistics()
-    for part in X.split([1, 99, len(X) - 100]):             # micro-batches of any size
-        statistics.update(part.view(1, -1, X.shape[1]))
-    return statistics
+def search(W, X, bits=4, **how):
+    return awq.search_scale([W], X.T @ X / len(X), X.abs().mean(0), awq.Settings(bits, 32, **how))
 
 
 @given(SEEDS, st.sampled_from(BITS), st.floats(0, 1))
 def test_loss_is_eq_4(seed, bits, alpha):
     """sum((E C) * E) = || Q(W s) diag(1/s) X^T - W X^T ||^2 / T, the right side in float64."""
-    W, X = layer(seed)
-    seen = statistics_of(X)
+    (W, X), seen = layer(seed), awq.InputStatistics()
+    for part in X.split([1, 99, len(X) - 100]):             # micro-batches of any size
+        seen.update(part.view(1, -1, X.shape[1]))
     assert seen.tokens == len(X) and torch.allclose(seen.s_X, X.abs().mean(0), rtol=1e-5)
     s, keep = awq.channel_scale(seen.s_X, alpha), torch.rand(2, 24, 2) / 2 + 0.5
     direct = ((Q(W * s, bits, 32, keep) / s).double() - W.double()) @ X.double().T
@@ -244,11 +191,9 @@ def test_search_is_never_worse_than_rtn(seed, bits, clip, scale):
 def test_clipping_that_helps_each_group_and_hurts_their_sum_is_not_taken():
     """Inputs with a large mean couple the groups: then plain rounding may be all that is left."""
     worse = 0
-    for seed in range(40):
+    for seed in range(10):
         W, X = layer(seed, N=1)
-        X = X / X.std(0) + 10
-        found, rtn, curve = awq.search_scale([W], X.T @ X / len(X), X.abs().mean(0),
-                                             awq.Settings(4, 32, scale=False))
+        found, rtn, curve = search(W, X / X.std(0) + 10, scale=False)
         assert found.loss <= rtn.loss
         worse += curve[0].loss > rtn.loss
     assert worse
@@ -259,8 +204,7 @@ def test_search_finds_the_salient_channel():
     W, X = layer(3)
     X = X / X.abs().mean(0)
     X[:, 7] *= 50
-    found, rtn, _ = awq.search_scale([W], X.T @ X / len(X), X.abs().mean(0),
-                                     awq.Settings(3, 32, clip=False))
+    found, rtn, _ = search(W, X, 3, clip=False)
     assert found.alpha > 0 and found.s.argmax() == 7 and found.loss < 0.5 * rtn.loss
 
 
@@ -299,19 +243,18 @@ def test_clipping_does_not_depend_on_how_many_rows_fit_the_cache():
     W, X = layer(6, N=4100)
     C, keep = X.T @ X / len(X), torch.ones(2, 4100, 2)
     whole = awq.search_clipping(W, C, 3, 32, awq.COARSE, keep)
-    assert whole.shape == keep.shape
-    parts = [awq.search_clipping(W[i:i + 50], C, 3, 32, awq.COARSE, keep[:, i:i + 50])
-             for i in range(0, 4100, 50)]
+    parts = [awq.search_clipping(W_r, C, 3, 32, awq.COARSE, keep[:, :len(W_r)])
+             for W_r in W.split(820)]
     assert (torch.cat(parts, 1) == whole).float().mean() > 0.999          # but for ties
 
 
 def test_scales_searched_with_clipping_are_judged_by_the_unscaled_outputs():
     """No group of the result is worse than unclipped, measured after division by s."""
     W, X = layer(1)
-    C, s_X = X.T @ X / len(X), X.abs().mean(0)
-    found, _, _ = awq.search_scale([W], C, s_X, awq.Settings(3, 32))
+    found, _, _ = search(W, X, 3)
     assert found.alpha > 0
-    kept, whole = (group_losses(W, C, found.s, keep) for keep in (found.keeps[0], (1, 1)))
+    kept, whole = (group_losses(W, X.T @ X / len(X), found.s, keep)
+                   for keep in (found.keeps[0], (1, 1)))
     assert (kept <= whole * (1 + 1e-5)).all()
 
 
@@ -329,7 +272,7 @@ def test_channel_scale_is_a_power_of_the_score(seed, alpha):
 def test_dead_channels_and_silent_layers_have_finite_scales():
     W, X = layer(2)
     X[:, :5] = 0
-    found, _, curve = awq.search_scale([W], X.T @ X, X.abs().mean(0), awq.Settings(4, 32))
+    found, _, curve = search(W, X)
     assert found.alpha > 0 and all(choice.s.isfinite().all() for choice in curve)
-    silent, _, _ = awq.search_scale([W], torch.zeros(64, 64), torch.zeros(64), awq.Settings(4, 32))
+    silent, _, _ = search(W, 0 * X)
     assert silent.loss == 0 and torch.equal(silent.s, torch.ones(64))
