@@ -634,8 +634,18 @@ def published_table():
         ppl and f"{ppl:.2f}" for ppl in (*row, None, None)]))} for name, row in PUBLISHED.items()])
 
 
-def render(results):
-    """RESULTS.md of {model: {study: record}}."""
+def architectures_section(found):
+    """What tests/test_architectures.py made of all model types."""
+    return ("## Model types\n\nThe share of the decoder blocks' weights that is packed, and of the "
+            "experts that transformers keeps as 3-D parameters, in small random models of every "
+            f"causal LM type of transformers {found['transformers']}. {found['summary']}: ok is "
+            "that every proven fold leaves the logits as they were, and saving and loading every "
+            "bit of them. Made by `python tests/test_architectures.py`, which prints the reasons "
+            f"of all that stays.\n\n{markdown(found['rows'])}\n")
+
+
+def render(results, architectures=None):
+    """RESULTS.md of {model: {study: record}} and of what is known of model types."""
     records = [record for records in results.values() for record in records.values()]
     setups = dict.fromkeys(f"- {describe(record['setup'])}" for record in records)
     minutes = sum(record["seconds"] for record in records) / 60
@@ -647,6 +657,8 @@ def render(results):
         kept = {model: records[name] for model, records in results.items() if name in records}
         if kept:
             parts.append(section(name, kept))
+    if architectures:
+        parts.append(architectures_section(architectures))
     parts.append("## Published numbers\n\nWikiText-2, windows of 2048, groups of 128, from the "
                  "paper's first version (arXiv 2306.00978v1, Tables 3 and 4). `python eval.py "
                  "--model ...` on one of these models prints them beside its own. A circulating "
@@ -659,7 +671,9 @@ def write_results(root):
     """RESULTS.md and, where matplotlib is installed, pictures/, from root/results/*.json."""
     results = {model: json.loads(file.read_text(encoding="utf-8")) for model in MODELS
                if (file := root / "results" / f"{model}.json").exists()}
-    (root / "RESULTS.md").write_text(render(results), encoding="utf-8")
+    file = root / "results" / "architectures.json"
+    architectures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    (root / "RESULTS.md").write_text(render(results, architectures), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: the pictures stay as they are", file=sys.stderr)
         return

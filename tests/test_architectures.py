@@ -1,6 +1,7 @@
 """Every causal LM of transformers, small and random: quantize -> save -> load -> the same logits.
 
-    python tests/test_architectures.py [TYPE ...]     the table of all types (minutes), or of these
+    python tests/test_architectures.py [TYPE ...]     the table of these types, or of all: then
+                                                      (minutes) kept for RESULTS.md
     python -m pytest tests/test_architectures.py      a few of them
 
 The builder knows sizes by the names configurations give them, and no model type. A row: the type;
@@ -23,13 +24,15 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401 (puts the repository on the path)
+import transformers
+from conftest import ROOT       # which puts the repository on the path
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 import awq
 import blocks
+from eval import markdown, write_json
 
 TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 # those of which no other test saves and loads the like (llama, opt, gpt2, mixtral)
@@ -212,36 +215,36 @@ def counted(items):
 
 
 def row(model_type, found):
-    """A Markdown row of the table."""
+    """A row of the table, as a dict."""
     lines = found.report["groups"] if found.report else []
-    folds = counted(line["fold"] for line in lines if line["fold"])
-    left = counted(f"{line['layers'][0].rpartition('.')[2]} "
-                   f"({re.sub(r'[0-9]+', '#', line['reason'])})"
-                   for line in lines if not line["fold"])
-    skipped = counted(found.report["skipped"].values()) if found.report else "-"
-    experts = "" if found.experts is None else f"{found.experts:.0%}"
-    return (f"| {model_type} | {found.blocks:.0%} | {experts} | {len(lines)} | {folds} | {left} | "
-            f"{skipped} | {found.result} |")
-
-
-HEAD = ("| type | blocks packed | experts packed | groups | folds | s = 1, and why | "
-        "stays, and why | result |\n|---|---|---|---|---|---|---|---|")
+    return {"type": model_type, "blocks packed": f"{found.blocks:.0%}",
+            "experts packed": "" if found.experts is None else f"{found.experts:.0%}",
+            "groups": len(lines), "folds": counted(line["fold"] for line in lines if line["fold"]),
+            "s = 1, and why": counted(f"{line['layers'][0].rpartition('.')[2]} "
+                                      f"({re.sub(r'[0-9]+', '#', line['reason'])})"
+                                      for line in lines if not line["fold"]),
+            "stays, and why": counted(found.report["skipped"].values()) if found.report else "-",
+            "result": found.result}
 
 
 def print_table(types):
-    """Print the rows of the types, and how many are ok."""
+    """Print the rows of the types; returns what RESULTS.md takes of them."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    print(f"\n{HEAD}")
-    results = []
+    rows, results = [], []
     for model_type in types:
         results.append(try_type(model_type))
-        print(row(model_type, results[-1]), flush=True)
+        rows.append(row(model_type, results[-1]))
+        lines = markdown(rows[-1:]).splitlines()
+        print("\n".join(lines if len(rows) == 1 else lines[2:]), flush=True)
     ok = [found for found in results if found.result == "ok"]
     fused = sum(found.experts is not None for found in results)
     packed = sum((found.experts or 0) >= 0.9 for found in ok)
-    print(f"{len(ok)} of {len(results)} types are ok; of {fused} with fused experts {packed} have "
-          "90 % or more of them packed")
+    summary = (f"{len(ok)} of {len(results)} types are ok; of {fused} with fused experts {packed} "
+               "have 90 % or more of them packed")
+    print(summary)
+    columns = ("type", "blocks packed", "experts packed", "folds", "result")
+    return {"summary": summary, "rows": [{key: line[key] for key in columns} for line in rows]}
 
 
 @pytest.mark.parametrize("model_type", SUBSET)
@@ -256,5 +259,8 @@ def test_the_logits_are_the_same_after_save_and_load(model_type):
 
 if __name__ == "__main__":
     start = time.time()
-    print_table(sys.argv[1:] or TYPES)
+    found = print_table(sys.argv[1:] or TYPES)
     print(f"{time.time() - start:.0f} s")
+    if not sys.argv[1:]:
+        write_json(ROOT / "results" / "architectures.json",
+                   {**found, "transformers": transformers.__version__})

@@ -2,6 +2,8 @@
 import pytest
 import torch
 from conftest import Mlp, Toy, llama, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import blocks
@@ -80,6 +82,27 @@ def test_folds_are_found_and_leave_the_model_as_it_was(model_type, changes, expe
             assert not torch.equal(model(tokens).logits, logits)
             blocks.multiply_inputs(block, group.layers, s)
             assert torch.equal(model(tokens).logits, logits), group.layers
+
+
+@given(st.integers(0, 2 ** 31), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+       st.booleans(), st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_scaling_equivalence(seed, dtype, powers, index):
+    """(W diag(s)) (diag(1/s) x) = W x in a block: to the last bit for powers of two, else nearly."""
+    generator = torch.Generator().manual_seed(seed)
+    model = llama(dtype, layers=1, seed=seed % 10)
+    tokens = torch.randint(0, 96, (2, 8), generator=generator)
+    before, found = model(tokens).logits, plan(model)
+    group, block = found.groups[0][index], found.blocks[0]
+    s = 2 * torch.rand(int(group.fold.rows.max()) + 1, generator=generator) + 0.5
+    s = (2.0 ** s.round() if powers else s)[group.fold.rows]
+    blocks.divide_output(block, group.fold, s)
+    blocks.multiply_inputs(block, group.layers, s)
+    after = model(tokens).logits
+    if powers:
+        assert torch.equal(after, before)
+    else:
+        assert (after - before).norm() <= 8 * torch.finfo(dtype).eps * before.norm()
 
 
 def test_weights_that_are_zero_do_not_hide_folds_nor_does_a_plan_change_the_model():
