@@ -13,9 +13,12 @@ import copy
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from typing import NamedTuple
@@ -30,7 +33,7 @@ import eval as evaluation
 from eval import METHODS, PUBLISHED, describe, markdown, measure
 
 MODELS = {  # what a run of each may cost: its test windows and calibration sequences
-    "tinylm": {"windows": 64, "samples": 128},
+    "tinylm": {"windows": 40, "samples": 32},
     "smollm2": {"windows": 3, "samples": 8}}
 CALIBRATED = [name for name, method in METHODS.items()      # that leave activations alone
               if method.walk is not None and not method.activation_bits]
@@ -437,6 +440,72 @@ def study_criterion(bench):
         for name, row in zip(("scale", "clip", "awq", "block"), rows)}}, [rows])
 
 
+# ---- AutoRound on the same tokens ----------------------------------------------------------------
+
+AUTOROUND = """
+import sys, time, torch
+from auto_round import AutoRound
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, bits, group_size, iterations, threads = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+tokens = torch.load(folder + "/tokens.pt")
+data = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
+found = AutoRound(
+    model, tokenizer, scheme="W4A16", bits=bits, group_size=group_size, sym=False,
+    iters=iterations, dataset=torch.utils.data.DataLoader(data, batch_size=8), nsamples=len(tokens),
+    seqlen=tokens.shape[1], device_map="cpu", enable_torch_compile=False)
+start = time.process_time()
+found.quantize()
+torch.save(model.state_dict(), folder + "/dense.pt")
+print(time.process_time() - start)
+"""
+
+
+def autoround(bench, bits, iterations):
+    """(perplexity, KL, CPU seconds) of what AutoRound makes, its weights written back densely."""
+    python = os.environ.get("AUTOROUND_PYTHON")
+    if not python:
+        raise ValueError("AUTOROUND_PYTHON must be a Python that has auto-round==0.16.1 "
+                         "(pip install torch==2.13.0 transformers==5.23.0 auto-round==0.16.1)")
+    with tempfile.TemporaryDirectory() as folder:
+        bench.model.save_pretrained(folder)
+        bench.tokenizer.save_pretrained(folder)
+        torch.save(bench.tokens, f"{folder}/tokens.pt")
+        sizes = bits, grid_of(bench)[1], iterations, torch.get_num_threads()
+        printed = subprocess.run([python, "-c", AUTOROUND, folder, *map(str, sizes)], check=True,
+                                 stdout=subprocess.PIPE, text=True).stdout
+        model = copy.deepcopy(bench.model)
+        model.load_state_dict(torch.load(f"{folder}/dense.pt"))
+    return *evaluation.perplexity(model, bench.windows, bench.full), float(printed.split()[-1])
+
+
+def study_autoround(bench):
+    """SignRound (arXiv 2309.05516) tunes roundings and ranges of a block by sign gradient, from
+    plain rounding; AutoRound 0.16.1 is its authors' program: 200 iterations, light 50. Perplexity
+    over full precision, 1000 KL and CPU seconds, on the same tokens."""
+    large, full = bench.setup["parameters"] >= LARGE, ppl_of(bench, "fp")
+    lines = {}
+    for bits in bench.args.bits:
+        found = {METHODS[name].title: (row["ppl"], row["kl"], report.get("cpu")) for name in (
+            ("awq-descent",) if large else ("awq", "awq-gptq", "awq-descent", "awq-tuned"))
+            for row, report in [measure(bench, name, bits, grid_of(bench)[1])]}
+        found["AutoRound, light"] = autoround(bench, bits, 50)
+        if not large:
+            found["AutoRound"] = autoround(bench, bits, 200)
+        for title, (ppl, divergence, cpu) in found.items():
+            key = f"INT{bits}"
+            lines.setdefault(title, {"method": title}).update({
+                key: f"{ppl - full:+.3f}", f"{key}, 1000 KL": f"{1000 * divergence:.2f}",
+                f"{key}, CPU s": f"{cpu:.0f}"})
+    key, rows = f"INT{bench.args.bits[0]}", list(lines.values())
+    return Answer({"bits": bench.args.bits[0], "light": lines["AutoRound, light"][key],
+                   "best": min(rows, key=lambda row: float(row[key]))["method"],
+                   "descent": lines[METHODS["awq-descent"].title][key]}, [rows])
+
+
 # ---- Calibration, memory, time -------------------------------------------------------------------
 
 
@@ -566,6 +635,10 @@ STUDIES = {
         "at INT{bits} KL is {clip[kl]} thousandths with clipping alone, {scale[kl]} with the "
         "scale alone, {awq[kl]} with both and {block[kl]} by the block's output; perplexity "
         "{clip[ppl]}, {scale[ppl]}, {awq[ppl]} and {block[ppl]}."),
+    "autoround": Study(
+        study_autoround, "Beside AutoRound",
+        "at INT{bits} AWQ then descent loses {descent}, AutoRound's light recipe {light}; least "
+        "is lost by {best}.", models=()),       # it needs an environment of its own
     "calibration": Study(
         study_calibration, "How much calibration text, and which?",
         "at INT{bits} {source} instead of {calib} costs AWQ {moved[awq]:+.3f} perplexity, GPTQ "
@@ -716,7 +789,7 @@ def run_model(model, args, argv, root):
     options = [item for item in argv if item not in (*args.names, "--write", "--model", args.model)]
     keeps, records = model in MODELS and (args.write or not args.names), {}
     for name in args.names or [name for name, study in STUDIES.items()
-                               if model in study.models or model not in MODELS]:
+                               if model in study.models or study.models and model not in MODELS]:
         records[name] = run_study(name, bench, options)
         if keeps:
             keep(root / "results" / f"{model}.json", name, records[name])
