@@ -88,7 +88,7 @@ def test_folds_are_found_and_leave_the_model_as_it_was(model_type, changes, expe
        st.booleans(), st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
 def test_scaling_equivalence(seed, dtype, powers, index):
-    """(W diag(s)) (diag(1/s) x) = W x in a block: to the last bit for powers of two, else nearly."""
+    """(W diag(s)) (diag(1/s) x) = W x: to the last bit for powers of two, else nearly."""
     generator = torch.Generator().manual_seed(seed)
     model = llama(dtype, layers=1, seed=seed % 10)
     tokens = torch.randint(0, 96, (2, 8), generator=generator)

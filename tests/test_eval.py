@@ -83,7 +83,8 @@ def test_awq_takes_back_what_rtn_loses_on_tinylm(quick):
 
 def row(method, bits, ppl, published=None):
     return {"method": method, "bits": bits, "group_size": 128, "bits_per_weight": 3.15,
-            "bytes": 2e6, "ppl": ppl, "kl": 0.1, "bits_per_byte": 1.5, "seconds": 1.0, "published": published}
+            "bytes": 2e6, "ppl": ppl, "kl": 0.1, "bits_per_byte": 1.5, "seconds": 1.0,
+            "published": published}
 
 
 def test_table_and_picture_count_what_rtn_lost():
