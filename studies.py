@@ -568,23 +568,25 @@ def study_cost(bench):
     "faster than GPTQ"; it gives no seconds. The peak is that of the process, which keeps the
     full-precision model beside the copy that is quantized."""
     few, rows = max(1, len(bench.tokens) // 16), []
-    trials = [(METHODS[name].title, name, bench.tokens) for name in calibrated(bench)]
-    trials.insert(1, (f"AWQ, {few} instead of {len(bench.tokens)} sequences", "awq",
-                      bench.tokens[:few]))
-    reports = [measure(bench, name, *grid_of(bench), tokens)[1] for _, name, tokens in trials]
-    for (title, _, _), report in zip(trials, reports):
+    names = calibrated(bench) if bench.setup["parameters"] < LARGE else ["awq"]
+    trials = {f"{METHODS[name].title}, {len(bench.tokens)} sequences": (name, bench.tokens)
+              for name in names}
+    trials[f"{METHODS['awq'].title}, {few} sequences"] = ("awq", bench.tokens[:few])
+    found = {title: measure(bench, name, *grid_of(bench), tokens)[1]
+             for title, (name, tokens) in trials.items()}
+    for title, report in found.items():
         stages = {stage: f"{report['stages'].get(stage, 0):.1f}"
                   for stage in ("plan", "statistics", "search")}
         rows.append({"method": title, **stages, "all": f"{report['seconds']:.1f}",
                      "peak, MB": f"{report['peak'] / 1e6:.0f}" if report["peak"] else None})
-    seconds = {name: measure(bench, name, *grid_of(bench))[0]["seconds"]
-               for name in ("awq", "awq-scale", "gptq")}
-    growth = {stage: reports[0]["stages"][stage] / reports[1]["stages"][stage]
-              for stage in ("statistics", "search")}
-    return Answer({"bits": grid_of(bench)[0], "times": len(bench.tokens) / few, **growth,
-                   "ratio": seconds["awq"] / seconds["gptq"],
-                   "scale": seconds["awq-scale"] / seconds["gptq"],
-                   "agrees": seconds["awq"] < seconds["gptq"]}, [rows])
+    reports = list(found.values())
+    facts = {"bits": grid_of(bench)[0], "times": len(bench.tokens) / few,
+             "seconds": reports[0]["seconds"], "few": reports[-1]["seconds"],
+             **{stage: reports[0]["stages"][stage] / reports[-1]["stages"][stage]
+                for stage in ("statistics", "search")}}
+    if "gptq" in names:
+        facts["agrees"] = reports[0]["seconds"] < reports[names.index("gptq")]["seconds"]
+    return Answer(facts, [rows])
 
 
 # ---- The texts -----------------------------------------------------------------------------------
@@ -652,9 +654,9 @@ STUDIES = {
         "a weight, not a percentage."),
     "cost": Study(
         study_cost, "Seconds and memory",
-        "at INT{bits} AWQ takes {ratio:.1f} times GPTQ's seconds, its scale alone {scale:.1f} "
-        "times. With {times:.0f} times the tokens the statistics take {statistics:.1f} times as "
-        "long, the search {search:.1f} times."),
+        "at INT{bits} AWQ takes {seconds:.0f} s, with {times:.0f} times fewer sequences {few:.0f} "
+        "s: the statistics take {statistics:.1f} times as long with all, the search {search:.1f} "
+        "times."),
 }
 
 

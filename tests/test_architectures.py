@@ -50,12 +50,12 @@ SIZES = {           # attribute names of configurations: the small value
        r"|num_experts_per_tok(en)?|moe_(top_?)?k|sliding_window_pattern|global_attn_every_n_layers",
     4: r"(\w+_)?(num_attention_heads|num_heads|n_heads?|attention_heads)"
        r"|linear_num_value_heads|n_mamba_heads",
-    8: r"(moe_)?num_(local_)?experts|n_routed_experts|\w*sliding_window(_size)?|window_size"
+    8: r"(moe_)?num_(local_)?experts|\w*sliding_window(_size)?|window_size"
        r"|local_attention|attention_window_size|((mamba|attention)_)?chunk_size|block_size"
        r"|\w+_chunk_length|index_topk",
     0: r"num_kv_shared_layers",
     16: r"((?!qk_head)\w+_)?(head_dim|head_size|d_state|state_size)|dim_head|d_head|kv_channels"
-        r"|rotary_dim|time_step_rank|mamba_dt_rank",
+        r"|rotary_dim|time_step_rank|mamba_dt_rank|n_routed_experts",
     32: r"(q|kv|o)_lora_rank|qk_head_dim|laurel_rank|hidden_size_per_layer_input"
         r"|mamba_d_head|mamba_headdim",
     1: r"topk_group|n_group|num_expert_group|(n|num|moe_num)_shared_experts|n_groups"
