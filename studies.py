@@ -742,12 +742,16 @@ def render(results, architectures=None):
     return "\n".join(parts)
 
 
+def read_results(root):
+    """What render takes: the files of root/results."""
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8"))
+             for file in (root / "results").glob("*.json")}
+    return {model: found[model] for model in MODELS if model in found}, found.get("architectures")
+
+
 def write_results(root):
     """RESULTS.md and, where matplotlib is installed, pictures/, from root/results/*.json."""
-    results = {model: json.loads(file.read_text(encoding="utf-8")) for model in MODELS
-               if (file := root / "results" / f"{model}.json").exists()}
-    file = root / "results" / "architectures.json"
-    architectures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    results, architectures = read_results(root)
     (root / "RESULTS.md").write_text(render(results, architectures), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: the pictures stay as they are", file=sys.stderr)
