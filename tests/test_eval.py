@@ -95,7 +95,7 @@ def test_table_and_picture_count_what_rtn_lost():
     cells = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in evaluation.table(rows).splitlines()]
     assert cells[5] == ["AWQ", "3", "128", "3.15", "2.0 MB", "12.000", "+2.000", "50%", "1.500",
-                        "1.0", ""]
+                        "0.1000", "1.0", ""]
     assert cells[2][0] == "full precision" and cells[2][6:8] == ["", ""]
     assert [cells[0][-1], cells[6][-1]] == ["paper", "5.60"]
     assert evaluation.bits_panel(rows)["series"] == {       # 9 < 10 has no logarithm
