@@ -41,8 +41,13 @@ def find_blocks(model):
 
 
 def run_backbone(model, tokens):
-    """Run the model on tokens [samples, length], without its lm_head."""
-    model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+    """Run the model on tokens [samples, length], without its lm_head. ValueError if it cannot."""
+    try:
+        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:     # a damaged config, as a top_k above its experts
+        raise ValueError(f"{type(model).__name__} does not run: {error}") from error
 
 
 def linear_of(weight, bias=None):

@@ -966,7 +966,7 @@ def benchmark_model(device, dtype, prefill=512, **config):
 
 
 def benchmarks(device):
-    """Yield (name, rows) as they are measured; on the CPU about three minutes"""
+    """Yield (name, rows) as they are measured; on a CPU that takes minutes"""
     if device.type == "cuda":
         halves = torch.empty(2, 2**29, dtype=torch.uint8, device=device)
         us = timed({"copy": [lambda: halves[0].copy_(halves[1])]}, device)["copy"]

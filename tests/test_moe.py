@@ -207,3 +207,12 @@ def test_a_checkpoint_is_as_autoawq_would_write_it_and_loads(tokens, tmp_path):
     for folder in ("hand", "ours"):
         loaded = awq.load_quantized(tmp_path / folder)
         assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+
+
+def test_a_router_that_chooses_more_experts_than_there_are(tokens):
+    model = random_model(MIXTRAL)
+    for module in model.modules():
+        if hasattr(module, "top_k"):
+            module.top_k = 99
+    with pytest.raises(ValueError, match="does not run: .*out of range"):
+        awq.quantize_model(model, tokens, 4, 32, progress=False)
