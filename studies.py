@@ -92,7 +92,7 @@ def study_all(bench):
     facts = {"bits": bench.args.bits[0], "share": shares, "best": METHODS[best].title,
              "best_share": shares[best], "agrees": shares["awq"] > shares["gptq"]}
     lines = by_method(rows, lambda row: f"{row['ppl'] - full['ppl']:+.3f}")
-    for row in rows[1:]:
+    for row in sorted(rows[1:], key=lambda row: -row["bits"]):      # the last one stays
         lines[row["method"]]["seconds"] = f"{row['seconds']:.1f}"
     lines["fp"] = {columns[0]: f"{full['ppl']:.3f} ({full['bits_per_byte']:.3f})"}
     divergences = by_method(rows, lambda row: f"{1000 * row['kl']:.2f}")

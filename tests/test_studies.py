@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, llama
 from test_eval import bench_of, small  # noqa: F401
 
 import awq
@@ -138,6 +138,22 @@ def test_refinements_lower_the_loss_of_free_channels_and_leave_shared_ones(refin
     s_X[1] = s_X[0]
     assert torch.equal(studies.refined_search(refine)([W], C, s_X, how)[0].s,
                        awq.search_scale([W], C, s_X, how)[0].s)
+
+
+@pytest.mark.parametrize("scaled, unscaled", [(1.0, 0.3), (0.3, 1.0)])
+def test_choosing_by_the_block_takes_what_changes_its_output_less(scaled, unscaled, monkeypatch):
+    """Of two searches the one that keeps the whole range, not 0.3 of it, in all groups."""
+    def search(weights, C, s_X, how):
+        keeps = [C.new_full((2, len(W), len(C) // 32), scaled if how.scale else unscaled)
+                 for W in weights]
+        found = awq.Scaling(1.0, float(how.scale), torch.ones_like(s_X), keeps)
+        return found, found, []
+
+    collect, quantize_group = studies.choosing_by_block(search)
+    monkeypatch.setattr(awq, "collect_statistics", collect)
+    monkeypatch.setattr(awq, "quantize_group", quantize_group)
+    report = awq.quantize_model(llama(), torch.randint(0, 96, (4, 24)), 8, 32, progress=False)
+    assert {line["alpha"] for line in report["groups"]} == {float(scaled > unscaled)}
 
 
 @pytest.mark.parametrize("arguments, named", [
