@@ -343,7 +343,7 @@ def quantize_group(work, group, statistics, how):
                 for name, W, keep in zip(line["layers"], weights, found.keeps)]
     if how.rounding:
         integers = round_together([W * found.s for W in weights], integers,
-                                  C / (found.s[:, None] * found.s), how)
+                                  C / (found.s[:, None] * found.s), statistics.tokens, how)
     total = sum(output_error(dequantize(*i) / found.s - W, C) for i, W in zip(integers, weights))
     # 4. 1/s into the producer, s into the Linears, which changes these weights in place.
     if how.scale:
@@ -354,9 +354,14 @@ def quantize_group(work, group, statistics, how):
             }, dict(zip(group.layers, integers))
 
 
-def round_together(weights, integers, C, how):
-    """how.rounding of the weights of a group as one matrix: what it makes of C, it makes once."""
+def round_together(weights, integers, C, tokens, how):
+    """how.rounding of the weights of a group as one matrix: what it makes of C, it makes once.
+
+    rounding.py's functions are given C shrunk; a function of the caller's has C as it is.
+    """
     rows = [len(W) for W in weights]
+    if how.rounding in ROUNDINGS.values():
+        C = roundings.shrunk(C, tokens)
     delta, zero = (torch.cat(part) for part in list(zip(*integers))[1:])
     found = q, delta, zero = how.rounding(torch.cat(weights), delta, zero, how.bits, C)
     if not (q.dtype == zero.dtype == torch.uint8 and q.shape == (sum(rows), len(C))

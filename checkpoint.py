@@ -45,6 +45,7 @@ def hub_names(model, names):
         rules = [rule for rule in get_model_conversion_mapping(model, add_legacy=False)
                  if not isinstance(rule, PrefixChange)]
     rules = [rule.reverse_transform() for rule in rules[::-1] if isinstance(rule, WeightRenaming)]
+    names = (name.replace("_orig_mod.", "") for name in names)      # of a compiled module
     return sorted(apply_renamings(f"{name}.weight", rules).removesuffix(".weight")
                   for name in names)
 

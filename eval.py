@@ -497,8 +497,8 @@ def set_defaults(args):
     """Fill in what depends on the model. ValueError for what could not be done in the end."""
     check_device(args.device)
     for path in filter(None, (args.json, args.plot)):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: its folder does not exist")
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path}: it is a folder, or its folder does not exist")
     if args.plot:
         if not args.plot.endswith((".svg", ".png")):
             raise ValueError(f"--plot {args.plot} must end in .svg or .png")

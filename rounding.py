@@ -51,6 +51,15 @@ def inverse_factor(C):
     return torch.linalg.solve_triangular(R, torch.eye(len(C)).to(C), upper=True)
 
 
+def shrunk(C, tokens):
+    """C + K / T diag(C), of T tokens: its channels less certain to go together. [K, K]
+
+    not in the papers: off its diagonal an entry of C is uncertain by about sqrt(C_ii C_jj / T), and
+    K of them move a weight. With few tokens gptq and descend would fit that noise.
+    """
+    return C + torch.diag(C.diagonal() * (len(C) / tokens))
+
+
 def gptq(W, delta, zero, bits, C, regrid=None):
     """w_j -= e U_kj for all j > k, where e = (w_k - w_hat_k) / U_kk  (GPTQ, arXiv 2210.17323).
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BatchEncoding, T5Config, T5ForConditiona
 
 import awq
 import kernel
+import rounding
 
 
 def quantized(model, tokens, bits=4, group_size=32, **options):
@@ -150,6 +151,16 @@ def test_gptq_descent_and_tuning_make_the_model_better_in_turn(tokens):
         model, _ = quantized(llama(layers=1), tokens, 3, scale=False, rounding=rounding)
         errors.append((model(tokens).logits - expected).norm().item())
     assert errors == sorted(errors, reverse=True)
+
+
+def test_what_few_tokens_say_of_c_is_shrunk(tokens):
+    """On text that was not seen the named roundings are better; a function's C is left alone."""
+    seen, unseen, errors = tokens[:1], tokens[1:], []
+    expected = llama(layers=1)(unseen).logits
+    for chosen in ("descent", lambda *given: rounding.descend(*given)):
+        model, _ = quantized(llama(layers=1), seen, 3, scale=False, rounding=chosen)
+        errors.append((model(unseen).logits - expected).norm().item())
+    assert errors[0] < 0.95 * errors[1]
 
 
 @pytest.mark.parametrize("rubbish", [

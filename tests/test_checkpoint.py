@@ -95,6 +95,16 @@ def test_what_is_saved_loads_to_the_last_bit(build, dtype, bits, group_size, tmp
     assert sorted(os.listdir(tmp_path)) == ["again", "q", "third"]
 
 
+@pytest.mark.parametrize("changed", [lambda model: model, partial(torch.compile, backend="eager")])
+def test_what_stays_is_named_as_it_is_saved(changed, tmp_path):
+    """Of a model made in memory, whose type's files may have another prefix, and a compiled one."""
+    model = rounded(changed(small("qwen3_5_text", **TEXT, layer_types=["full_attention"])))
+    awq.save_quantized(model, tmp_path / "q")
+    names = config_of(tmp_path / "q")["modules_to_not_convert"]
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    assert len(names) == 2 and all(f"{name}.weight" in stored for name in set(names) - {"lm_head"})
+
+
 def test_a_text_model_from_a_checkpoint_that_also_sees_loads(tmp_path):
     """Its files say model.language_model.layers where the model says model.layers."""
     plain = small("qwen3_5_text", **{**TEXT, "layer_types": ["full_attention"]})

@@ -164,7 +164,8 @@ def test_the_model_is_left_alone_measured_once_and_saved_as_measured(small, tmp_
     (["--windows", "0"], "--windows 0: at least 2, at least 1"),
     (["--save", "q", "--methods", "awq"], "exactly one method"),
     (["--methods", "smoothquant", "--bits", "8", "--save", "q"], "no quantized activations"),
-    (["--json", "nowhere/out.json"], "nowhere/out.json: its folder does not exist"),
+    (["--json", "nowhere/out.json"], "nowhere/out.json: it is a folder, or its folder does"),
+    (["--json", "."], ".: it is a folder"),
     (["--plot", "out.gif"], "--plot out.gif must end in .svg or .png"),
     (["--study", "grid"], "unrecognized arguments: --study grid"),
 ])
