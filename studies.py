@@ -11,7 +11,6 @@ by hand. The studies look at the first of --bits.
 """
 import copy
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -75,9 +74,10 @@ def ppl_of(bench, name, tokens=None):
 
 def study_all(bench):
     """The paper: AWQ is ahead of GPTQ, and the two add up. AWQ chooses the grid (s and clipping),
-    GPTQ and descent the integers on it. First the perplexity over full precision and the seconds
-    at the fewest bits, then KL from full precision, 1000 times. W8A8 has one group a row; of a
-    model of 100 M parameters or more not all is measured."""
+    GPTQ and descent the integers on it, through a C that is shrunk by rounding.shrunk; the row
+    "GPTQ" is as in its paper's code. First the perplexity over full precision and the seconds at
+    the fewest bits, then KL from full precision, 1000 times. W8A8 has one group a row; of a model
+    of 100 M parameters or more not all is measured."""
     keys = [("fp", 16)]
     if bench.setup["parameters"] < LARGE:
         keys += [(name, 8) for name in ("rtn", "awq", "w8a8", "smoothquant")]
@@ -506,7 +506,7 @@ def study_autoround(bench):
                    "descent": lines[METHODS["awq-descent"].title][key]}, [rows])
 
 
-# ---- Calibration, memory, time -------------------------------------------------------------------
+# ---- Calibration, time ---------------------------------------------------------------------------
 
 
 def other_documents(calib):
@@ -541,26 +541,6 @@ def study_calibration(bench):
     return Answer({"bits": grid_of(bench)[0], "source": source, "calib": args.calib,
                    "most": counts[-1], "few": few, "moved": moved, "enough": enough, "agrees":
                    few["awq"] < few["gptq"] and moved["awq"] < moved["gptq"]}, [rows])
-
-
-def study_memory(bench):
-    """Summaries quote an overhead of 0.1 to 0.2 % for the scales. A 16-bit step and a zero point
-    stand for every group of every row: bits + (16 + bits) / G bits a weight."""
-    model, rows = copy.deepcopy(bench.model), []
-    layers, (size, _) = quantized_layers(bench, model).values(), evaluation.size_of(model)
-    weights = sum(layer.weight.numel() for layer in layers)
-    for bits, G in itertools.product((4, 3, 2, 8), (32, 64, 128, -1)):
-        row = {"bits, group": f"{bits}, {'a row' if G == -1 else G}", **dict.fromkeys(
-            ("bits/weight", "over the integers", "of FP16", "MB"))}
-        if G == -1 or not any(layer.in_features % G for layer in layers):
-            steps = sum(layer.weight.numel() / (layer.in_features if G == -1 else G)
-                        for layer in layers)
-            extra = steps * (16 + bits) / weights       # N is a multiple of 32 in these models
-            row |= {"bits/weight": f"{bits + extra:.3f}",
-                    "over the integers": f"{extra / bits:.1%}", "of FP16": f"{extra / 16:.2%}",
-                    "MB": f"{(size + weights * ((bits + extra) / 8 - 2)) / 1e6:.1f}"}
-        rows.append(row)
-    return Answer({"per_weight": 20 / 128, "integers": 20 / 128 / 4, "fp16": 20 / 128 / 16}, [rows])
 
 
 def study_cost(bench):
@@ -647,11 +627,6 @@ STUDIES = {
         "{moved[gptq]:+.3f}, descent {moved[awq-descent]:+.3f}; 1 instead of {most} sequences "
         "{few[awq]:+.3f}, {few[gptq]:+.3f} and {few[awq-descent]:+.3f}. Within 5 % of RTN's loss "
         "of what {most} give are {enough[awq]}, {enough[gptq]} and {enough[awq-descent]}."),
-    "memory": Study(
-        study_memory, "What scales and zeros cost",
-        "4 bits in groups of 128 add (16 + 4) / 128 = {per_weight:.2f} bits a weight, "
-        "{integers:.1%} of the integers and {fp16:.1%} of FP16; 0.1 to 0.2 is the number of bits "
-        "a weight, not a percentage."),
     "cost": Study(
         study_cost, "Seconds and memory",
         "at INT{bits} AWQ takes {seconds:.0f} s, with {times:.0f} times fewer sequences {few:.0f} "

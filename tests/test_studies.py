@@ -30,7 +30,7 @@ def kept(small, tmp_path_factory):      # noqa: F811
         with patch.context() as bare:
             bare.setattr(importlib.util, "find_spec",
                          lambda name: None if name == "matplotlib" else find(name))
-            studies.main(["memory", "salience", "--write", "--model", "smollm2", *rest], root)
+            studies.main(["methods", "salience", "--write", "--model", "smollm2", *rest], root)
         assert sorted(path.name for path in root.iterdir()) == ["RESULTS.md", "results"]
         studies.main(["--model", "tinylm", "--bits", "3", *rest], root)
     return root, {model: json.loads((root / "results" / f"{model}.json").read_text())
@@ -114,10 +114,6 @@ def test_everything_kept_is_full_precision_and_nothing_scaled_is_rtn(small):    
     assert everything == pytest.approx(full, rel=1e-6) and abs(full - rtn) > 1e-3 * full
     assert studies.twice(bench, 1.0)[0] == pytest.approx(rtn, rel=1e-6)
     assert studies.of_rtn(bench, full) == 1 and studies.of_rtn(bench, rtn) == 0
-    row = studies.study_memory(bench).tables[0][0]      # 4 bits, groups of 32
-    measured = evaluation.measure(bench, "rtn", 4, 32)[0]
-    assert float(row["bits/weight"]) == pytest.approx(measured["bits_per_weight"], abs=1e-3)
-    assert float(row["MB"]) == pytest.approx(measured["bytes"] / 1e6, abs=0.051)
 
 
 def test_the_share_of_channels_with_the_highest_score_is_at_least_one():
@@ -160,7 +156,7 @@ def test_choosing_by_the_block_takes_what_changes_its_output_less(scaled, unscal
     (["magic"], "['magic']: a study is one of all, salience"),
     (["scale", "--model", "gpt2", "--write"], "--write keeps results of tinylm, smollm2 only"),
     (["scale", "--save", "q"], "--save is an option of eval.py"),
-    (["memory", "--data", "nothing", "--device", "cpu"], "data is 'nothing'"),
+    (["grid", "--data", "nothing", "--device", "cpu"], "data is 'nothing'"),
 ])
 def test_bad_options_end_with_one_line_and_code_2(arguments, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
