@@ -591,7 +591,7 @@ CPU = r"""
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
-constexpr int TOGETHER = LANES == 16 ? 3 : 1;  // tokens whose 8 sums fit into the registers
+constexpr int TOGETHER = LANES == 16 ? 6 : 3;  // tokens whose 4 sums fit into the registers
 
 static inline Floats to_floats(Words v) { return __builtin_convertvector((Integers)v, Floats); }
 
@@ -601,34 +601,38 @@ static inline Floats from_halves(Words h) {
   return (Floats)((h & 0x8000) << 16 | (h & 0x7fff) << 13) * 0x1p112f;
 }
 
-// sum[i] += scale (x q - z total), i the nibble of each word, for TOKENS tokens and one group
-template <int TOKENS>
-static void add_group(const float* x,       // [TOKENS, K], at the group
-                      const float* totals,  // [TOKENS, K/G], the sum of x over the group
-                      const Words* rows,    // [G + 5], see cpu_rows()
-                      Floats (*sum)[8], long K, long G) {
-  // 1. dot[i] = sum of x 16^i q over the group: nibble i stays where it is in its word. Being
-  //    a power of two, 16^i rounds nothing. The uppermost would be a sign, so it is moved down.
-  Floats dot[TOKENS][8] = {};
+// 16^i times nibble i < 4: it stays where it is in its word, and a power of two rounds nothing.
+static inline Floats decode(Words half, int i) { return to_floats(half & 15u << 4 * i); }
+
+// sum[n] += scale (x q - z total), n = first + i and i < NIBBLES, for TOKENS tokens and one group
+template <int TOKENS, int NIBBLES>
+static void add_group(const float* x,           // [TOKENS, K], at the group
+                      const float* totals,      // [TOKENS, K/G], the sum of x over the group
+                      const Words* rows,        // [G + 5], see cpu_rows()
+                      const Floats (*tile)[4],  // [G] rows decoded, if NIBBLES is 4
+                      Floats (*sum)[8], int first, long K, long G) {
+  Floats dot[TOKENS][NIBBLES] = {};
   for (long k = 0; k < G; k++) {
-    __builtin_prefetch(rows + k + 64);  // about 2 KB ahead
+    if (NIBBLES == 8) __builtin_prefetch(rows + k + 64);  // about 2 KB ahead
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-      const Floats q = to_floats(i < 7 ? rows[k] & 15u << 4 * i : rows[k] >> 28);
-#pragma GCC unroll 3
+    for (int i = 0; i < NIBBLES; i++) {
+      const Floats q = NIBBLES == 4 ? tile[k][i] : decode(rows[k] >> i / 4 * 16, i % 4);
+#pragma GCC unroll 6
       for (int t = 0; t < TOKENS; t++) dot[t][i] += q * x[t * K + k];
     }
   }
-  // 2. sum += scale (dot / 16^i - z total)
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    const Floats scale = from_halves(rows[G + 1 + i % 4] >> i / 4 * 16 & 0xffff);
-    const Floats zero = to_floats(rows[G] >> 4 * i & 15);
+  for (int i = 0; i < NIBBLES; i++) {
+    const int n = first + i;
+    const Floats scale = from_halves(rows[G + 1 + n % 4] >> n / 4 * 16 & 0xffff);
+    const Floats zero = decode(rows[G] >> n / 4 * 16, n % 4);
     for (int t = 0; t < TOKENS; t++)
-      sum[t][i] += scale * (dot[t][i] * (i < 7 ? 1.f / (1u << 4 * i) : 1.f) -
-                            zero * totals[t * (K / G)]);
+      sum[t][n] += scale * (1.f / (1 << n % 4 * 4)) * (dot[t][i] - zero * totals[t * (K / G)]);
   }
 }
+
+constexpr decltype(&add_group<3, 4>) SHARING[] = {add_group<3, 4>, add_group<4, 4>,
+                                                  add_group<5, 4>, add_group<6, 4>};
 
 extern "C" void awq_cpu(const float* x,         // [M, K]
                         const uint32_t* words,  // [ceil(N/8/LANES), K/G, G + 5, LANES]
@@ -645,13 +649,23 @@ extern "C" void awq_cpu(const float* x,         // [M, K]
 #pragma omp parallel for num_threads(threads)
   for (long b = 0; b < blocks; b++) {
     const std::unique_ptr<Floats[][8]> sum(new Floats[M][8]());
-    for (long group = 0; group < K / G; group++) {  // it stays in the cache for the next tokens
+    const std::unique_ptr<Floats[][4]> tile(new Floats[G][4]);
+    const long shared = M % TOGETHER < 3 ? M - M % TOGETHER : M;
+    for (long group = 0; group < K / G; group++) {
       const Words* rows = (const Words*)words + (b * (K / G) + group) * (G + 5);
-      for (long m = 0, step; m < M; m += step) {
-        step = M - m < TOGETHER ? 1 : TOGETHER;
-        (step == 1 ? add_group<1> : add_group<TOGETHER>)(
-            x + m * K + group * G, &totals[m * (K / G) + group], rows, &sum[m], K, G);
+      const float *X = x + group * G, *total = &totals[group];
+      // Tokens share what is decoded, half of each word at a time, which the fastest cache holds.
+      for (int first = 0; first < 8 && shared; first += 4) {
+        for (long k = 0; k < G; k++)
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) tile[k][i] = decode(rows[k] >> 4 * first, i);
+        for (long m = 0, step; m < shared; m += step) {
+          step = shared - m < TOGETHER ? shared - m : TOGETHER;
+          SHARING[step - 3](X + m * K, total + m * (K / G), rows, &tile[0], &sum[m], first, K, G);
+        }
       }
+      for (long m = shared; m < M; m++)  // one or two are faster alone
+        add_group<1, 8>(X + m * K, total + m * (K / G), rows, nullptr, &sum[m], 0, K, G);
     }
     const long first = 8 * LANES * b, columns = N - first < 8 * LANES ? N - first : 8 * LANES;
     for (long m = 0; m < M; m++)

@@ -120,7 +120,7 @@ def test_cpu_kernel_at_every_vector_width(lanes, capability, anew, monkeypatch):
     packed = random_packed(200, 192, 64, lanes)
     packed[2][:, ::3] *= 2.0**-16
     words = kernel.cpu_rows(*packed, lanes)
-    for threads, M in itertools.product((1, 3), (1, 2, 3, 5)):
+    for threads, M in itertools.product((1, 3), (1, 2, 3, 5, 10)):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         x = torch.randn(M, 192)
         y = kernel.cpu_product(x, words, None, 200)
