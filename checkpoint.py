@@ -27,9 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import GgufConfig, QuantizationConfigMixin
 
 import blocks
-from kernel import AWQLinear, packed_width
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from kernel import DTYPES, AWQLinear, packed_width
 
 
 def checkpoint_config(bits, group_size, skipped):
@@ -100,8 +98,8 @@ class AwqQuantizer(HfQuantizer):
             model.set_submodule(name, layer)
         # in full paths, whatever the checkpoint said: what a later save_pretrained writes
         config.modules_to_not_convert = hub_names(model, [
-            name for name, module in model.named_modules() if blocks.has_matrix(module)
-            and not isinstance(module, AWQLinear) or blocks.stack_size(module)])
+            name for name, module in model.named_modules() if not isinstance(module, AWQLinear)
+            and (blocks.has_matrix(module) or blocks.stack_size(module))])
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -109,8 +107,7 @@ class AwqQuantizer(HfQuantizer):
             if isinstance(module, AWQLinear) and not module.scales.is_meta:
                 if not module.scales.isfinite().all():
                     raise ValueError(f"tensor {name}.scales contains NaN or Inf")
-                if module.scales.is_cuda:       # now, because a compiled forward cannot do it
-                    module.prepare()
+                module.prepare()        # now, because a compiled forward cannot do it
         return model
 
 

@@ -24,6 +24,7 @@ import platform
 import re
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -47,15 +48,16 @@ COMPARED = 8192     # KL is over so many tokens, the first ones: p takes two byt
 
 @torch.no_grad()
 def input_statistics(model, tokens, names):
-    """{layer: (s_X, max |X|)}, each [K] float32, of the inputs in the full-precision model."""
+    """{module: (s_X, max |X|)}, each [K] float32, of what modules that run are given."""
     found = {}
 
-    def record(name, _, args):
-        X = args[0].flatten(0, -2).float().abs()                    # [T, K]
+    def record(name, _, args, kwargs):
+        X = (*args, *kwargs.values())[0].flatten(0, -2).float().abs()           # [T, K]
         total, count, peak = found.get(name, (0, 0, torch.zeros_like(X[0])))
         found[name] = total + X.sum(0), count + len(X), torch.maximum(peak, X.amax(0))
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(record, name))
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(record, name),
+                                                                 with_kwargs=True)
              for name in names]
     for batch in tqdm(tokens.split(4), desc="statistics", leave=False):
         blocks.run_backbone(model, batch)
@@ -74,11 +76,11 @@ def smooth(model, tokens, alpha=0.5):
     norms = [(index, group) for index, groups in enumerate(plan.groups) for group in groups
              if group.fold and not isinstance(
                  plan.blocks[index].get_submodule(group.fold.producer), nn.Linear)]
-    peaks = input_statistics(model, tokens, [f"{plan.prefix}.{i}.{g.layers[0]}" for i, g in norms])
+    peaks = input_statistics(model, tokens, [f"{plan.prefix}.{i}.{g.reader}" for i, g in norms])
     for index, group in norms:
         block = plan.blocks[index]
         W = torch.cat([block.get_submodule(name).weight.float() for name in group.layers])
-        X_max = peaks[f"{plan.prefix}.{index}.{group.layers[0]}"][1].clamp(min=1e-5)
+        X_max = peaks[f"{plan.prefix}.{index}.{group.reader}"][1].clamp(min=1e-5)
         s = X_max ** alpha / W.abs().amax(0).clamp(min=1e-5) ** (1 - alpha)
         s = awq.mean_over_readers(s, group.fold.rows).to(W.device)
         blocks.divide_output(block, group.fold, s)
@@ -217,7 +219,8 @@ def perplexity(model, windows, full=()):
     for index, (ids, log_p) in enumerate(log_probabilities(model, windows)):
         total -= log_p.gather(1, ids[:, None]).double().sum().item()
         if index < len(full):
-            divergence += nn.functional.kl_div(log_p, full[index].float(), log_target=True,
+            known = full[index].float()     # the last batch of it may be shorter
+            divergence += nn.functional.kl_div(log_p[:len(known)], known, log_target=True,
                                                reduction="sum").item()
     return (math.exp(total / windows[:, 1:].numel()),
             divergence / max(1, sum(map(len, full))))
@@ -274,7 +277,8 @@ def quantized(bench, method, bits, group_size, tokens):
     """(a copy of the model, quantized by a method, and the report of awq.py with its seconds)."""
     model = copy.deepcopy(bench.model)
     start, cpu = time.time(), time.process_time()
-    reset_peak()
+    on_cuda = model.device.type == "cuda"
+    reset_peak(on_cuda)
     if method.smooth:
         smooth(model, tokens)
     if method.walk is None:
@@ -285,20 +289,21 @@ def quantized(bench, method, bits, group_size, tokens):
     if method.activation_bits:
         round_inputs(model, method.activation_bits)
     return model, {**report, "seconds": time.time() - start, "cpu": time.process_time() - cpu,
-                   "peak": peak_bytes()}
+                   "peak": peak_bytes(on_cuda)}
 
 
-def reset_peak():
-    """From now on peak_bytes counts anew."""
-    if torch.cuda.is_available():
+def reset_peak(on_cuda):
+    """From now on peak_bytes counts anew, where the system lets a process say so."""
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_bytes():
+def peak_bytes(on_cuda):
     """The GPU's memory at its peak or, on Linux, this process's; elsewhere None."""
-    if torch.cuda.is_available():
+    if on_cuda:
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])

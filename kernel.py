@@ -310,7 +310,7 @@ template <> struct Decode<__nv_bfloat16> {
 // Y^T = W_hat X^T on tensor cores: the 16 rows of A are outputs, the 8 columns of B are tokens.
 // A block of 8 warps owns 16 R ROW_WARPS outputs of 8 NT tokens. The warps share out the outputs
 // (ROW_WARPS) and the inputs (the rest); gridDim.y shares out the inputs further, gridDim.z the
-// tokens. Every warp has at least 2 KB of weights under way while it computes.
+// tokens. Every warp has 2 KB of weights under way while it computes, 1 KB if S is 4.
 constexpr int WARPS = 8;
 
 template <typename T, int NT, int R, int ROW_WARPS, int S>
@@ -573,7 +573,7 @@ def cuda_product(x, words, bias, N, fused_max=FUSED_MAX_TOKENS):
         return F.linear(x, W_hat[:N], bias)
     x = x.clone() if x.data_ptr() % 16 else x  # a view at an address unfit for 16-byte loads
     # Fewer blocks than SMs: share out K too, while there is a unit for each of a block's 8 warps.
-    blocks = -(-N // (16 if M <= 4 else 32 if M <= 8 else 64)) * -(-M // 64)
+    blocks = -(-N // (16 if M <= 4 else 32 if M <= 8 else 64)) * -(-M // (64 if S == 1 else 32))
     splits = max(1, min(gpu.multi_processor_count // blocks, units // 8))
     y, partial = x.new_empty(M, N), None
     if splits > 1:
@@ -613,7 +613,7 @@ static void add_group(const float* x,           // [TOKENS, K], at the group
                       Floats (*sum)[8], int first, long K, long G) {
   Floats dot[TOKENS][NIBBLES] = {};
   for (long k = 0; k < G; k++) {
-    if (NIBBLES == 8) __builtin_prefetch(rows + k + 64);  // about 2 KB ahead
+    if (NIBBLES == 8) __builtin_prefetch(rows + k + 64);  // 2 KB ahead, or 4
 #pragma GCC unroll 8
     for (int i = 0; i < NIBBLES; i++) {
       const Floats q = NIBBLES == 4 ? tile[k][i] : decode(rows[k] >> i / 4 * 16, i % 4);
@@ -654,7 +654,7 @@ extern "C" void awq_cpu(const float* x,         // [M, K]
     for (long group = 0; group < K / G; group++) {
       const Words* rows = (const Words*)words + (b * (K / G) + group) * (G + 5);
       const float *X = x + group * G, *total = &totals[group];
-      // Tokens share what is decoded, half of each word at a time, which the fastest cache holds.
+      // Tokens share what is decoded, half of each word at a time: 128 rows fit the fastest cache.
       for (int first = 0; first < 8 && shared; first += 4) {
         for (long k = 0; k < G; k++)
 #pragma GCC unroll 4
@@ -765,10 +765,10 @@ def check_packed(qweight, qzeros, scales, bias, bits):
 class AWQLinear(nn.Module):
     """nn.Linear with packed weights, its buffers named and laid out as in the checkpoint.
 
-    qweight [K, N/8] int32, qzeros [K/G, N/8] int32, scales [K/G, N] float16, bias [N] or None
-    (4 bits; for 2, 3 and 8 bits packed_width(N, bits) words a row); forward takes [..., K] float32,
-    float16 or bfloat16. Two states: qweight as in the checkpoint or, once prepared, rearranged for
-    the device's kernel (of 3 or 4 dimensions). state_dict holds the checkpoint's in both.
+    Tensors as above (2, 3, 8 bits: packed_width(N, bits) words a row), bias [N] or None; forward
+    takes [..., K] float32, float16 or bfloat16. Two states: qweight as in the checkpoint or, once
+    prepared, rearranged for the device's kernel (of 3 or 4 dimensions). state_dict holds the
+    checkpoint's in both.
     """
 
     def __init__(self, qweight, qzeros, scales, bias=None, bits=4):
@@ -798,7 +798,8 @@ class AWQLinear(nn.Module):
     def prepare(self):
         """Rearrange the words for the device's kernel, which is built; once, and where there is one
 
-        Call it, or the layer once, before capturing a CUDA graph.
+        Call it, or the layer once, before torch.compile or capturing a CUDA graph: else that
+        rearranges them at every call.
         """
         with PREPARING:  # of two threads that call a new layer at once, one does it
             if self.qweight.dim() == 2:
@@ -991,7 +992,7 @@ def benchmarks(device):
             yield "shapes", benchmark_shape(K, N, (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024), device)
         yield "model", benchmark_model(device, torch.float16)  # transformers' default
         return
-    print("The model has 453 M parameters. Where a CPU has no bfloat16 instructions (AVX2), torch's\n"
+    print("The model has 456 M parameters. On a CPU without bfloat16 instructions (AVX2), torch's\n"
           "own bfloat16 products are slow, so that a ratio to them flatters.\n")
     yield "shapes", benchmark_shape(4096, 4096, (1, 4, 16, 64), device)
     for dtype in (torch.bfloat16, torch.float32):

@@ -139,8 +139,11 @@ def activation_scores(bench):
     """{layer: s_X} of every layer that is quantized, in the full-precision model."""
     if "s_X" not in bench.known:
         model = copy.deepcopy(bench.model)
-        found = evaluation.input_statistics(model, bench.tokens, quantized_layers(bench, model))
-        bench.known["s_X"] = {name: s_X for name, (s_X, _) in found.items()}
+        layers = quantized_layers(bench, model)
+        found = evaluation.input_statistics(model, bench.tokens, layers)
+        bench.known["s_X"] = {      # of an expert that no token reaches: 0
+            name: found[name][0] if name in found else layer.weight.new_zeros(layer.in_features)
+            for name, layer in layers.items()}
     return bench.known["s_X"]
 
 
@@ -259,8 +262,9 @@ def study_methods(bench):
 
 
 def study_grid(bench):
-    """The paper: the best alpha lies inside (0, 1). In the picture alpha = 0 is RTN; the chosen
-    point lies below its curve because there each end of a range is clipped on its own."""
+    """The paper: the best alpha lies inside (0, 1). In the picture the scale alone is RTN at
+    alpha = 0; the chosen point lies below its curve because there each end of a range is clipped
+    on its own."""
     def curve(line):
         return ([alpha for alpha, _, _ in line["curve"]],
                 [loss / line["loss_rtn"] for _, _, loss in line["curve"]])
@@ -291,7 +295,7 @@ def saliency_panel(s_X, block):
     """Sorted s_X of the layers of a block; of layers that share their input, the first."""
     curves = {}
     for name, s in s_X.items():
-        if f".{block}." in f".{name}.":
+        if re.search(r"\d+", name)[0] == str(block):
             curves.setdefault(tuple((s.sort(descending=True).values / s.mean()).tolist()),
                               name.rpartition(".")[2])
     return {"title": f"block {block}: sorted s_X", "x": "channels, %", "y": "s_X / its mean",
@@ -524,10 +528,10 @@ def study_calibration(bench):
     args = bench.args
     titles = {name: METHODS[name].title for name in ("awq", "gptq", "awq-descent", "awq-tuned")
               if name in calibrated(bench)}
-    source, documents = other_documents(args.calib)
-    other = awq.calibration_tokens(documents, bench.tokenizer, len(bench.tokens),
-                                   bench.tokens.shape[1], args.seed)
     counts = sorted({min(n, len(bench.tokens)) for n in (1, 4, 16, 64, 128)})
+    source, documents = other_documents(args.calib)
+    other = awq.calibration_tokens(documents, bench.tokenizer, counts[-1], bench.tokens.shape[1],
+                                   args.seed)
     trials = [*((f"{n} sequences", bench.tokens[:n]) for n in counts),
               (f"{counts[-1]} of another source", other)]
     rows = [{"calibration": label, **{title: ppl_of(bench, name, tokens)
@@ -804,7 +808,7 @@ def main(argv=None, root=evaluation.HERE):
             evaluation.draw(args.plot, [panel for records in results.values()
                                         for record in records.values()
                                         for panel in record["panels"]])
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
         parser.error(" ".join(str(error).split()))
 
 

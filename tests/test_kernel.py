@@ -395,7 +395,8 @@ def check_fused(M, N, K, G, dtype, splits=1, seed=0, with_bias=True):
     packed = random_packed(N, K, G, seed)
     torch.manual_seed(seed)
     x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype) if with_bias else None
-    blocks = -(-N // (16 if M <= 4 else 32 if M <= 8 else 64)) * -(-M // 64)
+    blocks = -(-N // (16 if M <= 4 else 32 if M <= 8 else 64)) * -(
+        -M // (64 if G % 128 == 0 or G == K else 32))
     with emulated(seed, splits * blocks) as launched:
         y = kernel.cuda_product(x, kernel.cuda_tiles(*packed), bias, N)
     (name, arguments), = launched
