@@ -37,7 +37,7 @@ so a candidate costs N K K multiply-adds whatever the number of tokens, and uses
 
 What this file does not do: train or move weights, quantize activations, embeddings or lm_head, or
 keep a table of architectures. To read it: the method, up to the line that marks its end, needs
-torch alone and can be pasted; then quantize_model, which calls the rest from top to bottom.
+torch alone and can be pasted; then quantize_model and, upwards from it, what it calls.
 """
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ def group_length(K, bits, group_size):
     if type(bits) is not int or bits not in (2, 3, 4, 8):
         raise ValueError(f"bits is {bits!r}: it must be one of 2, 3, 4, 8")
     G = K if group_size == -1 else group_size
-    if type(G) is not int or G < 1 or K % G:
+    if type(group_size) is not int or G < 1 or K % G:
         raise ValueError(f"group_size is {group_size!r}: it must be -1 or divide the {K} inputs")
     return G
 
@@ -541,7 +541,7 @@ def quantize_model(model, tokens, bits=4, group_size=128, *, clip=True, scale=Tr
     clip, scale: search the clipping, the scale s; with neither the result is plain rounding (RTN).
     rounding: "nearest", "gptq", "descent", "tuned", or a function like those of rounding.py.
     sequential: blocks see what the quantized blocks before them make, for a second pass; unless
-    set, what the full-precision blocks make, as in the paper's code.
+    set, what the full-precision blocks make, as in the paper's code. "tuned" sets it.
     device: where blocks are worked on (CUDA if there is one), batch_size samples at a time.
 
     Returns the report: "bits", "group_size", "seconds", "stages" (seconds of each), "skipped"
@@ -849,8 +849,9 @@ class AutoAWQForCausalLM:
 
     def save_quantized(self, folder, tokenizer=None, *, shard_size="5GB", **kwargs):
         """See save_quantized; only safetensors are written. tokenizer: that of quantize if none."""
-        if without_ignored(kwargs, IN_LOADING):
-            raise ValueError(f"save_quantized has no options {sorted(kwargs)}")
+        unknown = without_ignored(kwargs, IN_LOADING)
+        if unknown:
+            raise ValueError(f"save_quantized has no options {sorted(unknown)}")
         save_quantized(self.model, folder, tokenizer or self.calibration_tokenizer, shard_size,
                        self.calibration)
 

@@ -186,7 +186,10 @@ def record(model, blocks, tokens, device=None):
         for block in blocks:
             hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(block.register_forward_hook(after))
-        run_backbone(model, tokens)
+        try:
+            run_backbone(model, tokens)
+        finally:
+            blocks.to(model.device)     # the one that failed, if one did
     missing = [i for i, block in enumerate(blocks) if block not in calls]
     if missing:
         raise ValueError(f"blocks {missing} do not run in a forward pass: not supported")
@@ -213,9 +216,10 @@ def check_replay(blocks, calls, hidden, expected, device=None):
 def moved(module, device=None):
     """The module on another device; afterwards it is back where it was."""
     home = next((p.device for p in module.parameters()), device or "cpu")   # ReLU has no parameter
-    module.to(device or home)
-    yield
-    module.to(home)
+    try:
+        yield module.to(device or home)
+    finally:
+        module.to(home)
 
 
 def same_arguments(call, other):
@@ -751,8 +755,9 @@ def why_fused(model, name, fits):
     X *= 4 ** (torch.arange(E) % 4)[:, None]
     made, inputs = unfused(model, name), (X.to(W), chosen.to(W.device), weights.to(W))
     expected = fused(*inputs)
-    error = (made(*inputs) - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
-    if not error.nan_to_num(0).max() < (1e-4 if expected.dtype == torch.float32 else 3e-2):
+    size = expected.float().norm(dim=-1).clamp(min=1e-30)
+    error = (made(*inputs) - expected).float().norm(dim=-1) / size
+    if not error.max() < (1e-4 if expected.dtype == torch.float32 else 3e-2):
         return "fused experts that make other outputs when they are run one by one"
     model.set_submodule(name, made)
     return ""

@@ -111,6 +111,7 @@ def test_quantize_takes_any_layout_and_dtype():
     (torch.zeros(2, 32), 4, 0, "group_size is 0"), (torch.zeros(2, 32), 4, -2, "group_size is -2"),
     (torch.zeros(2, 32), 4, 24, "group_size is 24: .* divide the 32 inputs"),
     (torch.zeros(2, 32), 4, 16.0, "group_size is 16.0"),
+    (torch.zeros(2, 32), 4, -1.0, "group_size is -1.0"),
     (torch.zeros(32), 4, 32, "W has shape"), (torch.zeros(0, 32), 4, 32, "W has shape"),
     (torch.full((2, 32), float("nan")), 4, 32, "NaN or Inf"),
     (torch.full((2, 32), float("inf")), 4, 32, "NaN or Inf"),
