@@ -494,7 +494,7 @@ def study_autoround(bench):
     lines = {}
     for bits in bench.args.bits:
         found = {METHODS[name].title: (row["ppl"], row["kl"], report.get("cpu")) for name in (
-            ("awq-descent",) if large else ("awq", "awq-gptq", "awq-descent", "awq-tuned"))
+            ("awq", "awq-gptq", "awq-descent", "awq-tuned")[2 * large:])
             for row, report in [measure(bench, name, bits, grid_of(bench)[1])]}
         found["AutoRound, light"] = autoround(bench, bits, 50)
         if not large:
