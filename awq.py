@@ -46,12 +46,12 @@ import torch
 # ---- Quantize and dequantize ---------------------------------------------------------------------
 
 
-def group_range(W, G):
-    """The lower and upper end of every group of W [N, K] float32: two [N, K/G], 0 between them."""
+def group_range(W, G, keep=(1, 1)):
+    """Both ends of every group of W [N, K] float32, 0 between them, times keep: two [N, K/G]."""
     # not in the paper: without the widening to 0 a group whose weights share a sign collapses,
     # because the zero point is clamped.
     groups = W.unflatten(-1, (-1, G))                       # [N, K/G, G]
-    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    return groups.amin(-1).clamp(max=0) * keep[0], groups.amax(-1).clamp(min=0) * keep[1]
 
 
 def grid(low, high, bits):
@@ -103,8 +103,8 @@ def quantize(W, bits=4, group_size=128, keep=(1, 1)):
     """
     if W.ndim != 2 or W.numel() == 0:
         raise ValueError(f"W has shape {tuple(W.shape)}: it must be [N, K], not empty")
-    low, high = group_range(W.float(), group_length(W.shape[1], bits, group_size))
-    delta, zero = grid(low * keep[0], high * keep[1], bits)
+    G = group_length(W.shape[1], bits, group_size)
+    delta, zero = grid(*group_range(W.float(), G, keep), bits)
     if not delta.isfinite().all():
         raise ValueError("W contains NaN or Inf, or a group's range exceeds float16 steps: the "
                          "weights must be finite and their step at most 65504")
@@ -114,8 +114,7 @@ def quantize(W, bits=4, group_size=128, keep=(1, 1)):
 
 def Q(W, bits, G, keep=(1, 1)):
     """W [N, K] float32 as it comes back from rounding: quantize and dequantize at once."""
-    low, high = group_range(W, G)
-    delta, zero = grid(low * keep[0], high * keep[1], bits)
+    delta, zero = grid(*group_range(W, G, keep), bits)
     return dequantize(round_to_grid(W, delta, zero, bits), delta, zero)
 
 
@@ -215,15 +214,14 @@ def search_clipping(W, C, bits, G, steps, keep):
 
 def best_parts(W, own, bits, ends, parts, keep):
     """keep with the best of P parts, or as it is, at the given ends of each group. [2, N, K/G]"""
-    trials = keep.repeat(1 + len(parts), 1, 1, 1)                           # [P + 1, 2, N, K/G]
-    trials[1:, ends] = W.new_tensor(parts)[:, None, None, None]
-    low, high = group_range(W, own.shape[-1])
-    delta, zero = grid(low * trials[:, 0], high * trials[:, 1], bits)       # [P + 1, N, K/G]
+    trials = keep[:, None].repeat(1, 1 + len(parts), 1, 1)                  # [2, P + 1, N, K/G]
+    trials[ends, 1:] = W.new_tensor(parts)[:, None, None]
+    delta, zero = grid(*group_range(W, own.shape[-1], trials), bits)        # [P + 1, N, K/G]
     E = dequantize(round_to_grid(W, delta, zero, bits), delta, zero).sub_(W)
     E = E.unflatten(-1, own.shape[:2]).movedim(-2, 0).flatten(1, 2)         # [K/G, (P + 1) N, G]
     errors = (E @ own).mul_(E).sum(-1).view(len(own), -1, len(W))           # [K/G, P + 1, N]
-    best = errors.argmin(1).T.expand(1, 2, -1, -1)      # which trial: one for both ends of a group
-    return trials.gather(0, best)[0]
+    best = errors.argmin(1).T.expand(2, 1, -1, -1)      # which trial: one for both ends of a group
+    return trials.gather(1, best)[:, 0]
 
 
 class Settings(NamedTuple):
@@ -294,10 +292,10 @@ from torch import nn
 from tqdm import tqdm
 
 import blocks
-import rounding as roundings
 from checkpoint import (check_device, check_plain, check_target, checkpoint_config, hub_names,
                         load_pretrained, load_quantized, load_tokenizer, register, save_quantized)
 from kernel import AWQLinear
+from rounding import descend, gptq, shrunk, tune
 
 # ---- A group: search s, fold it, round -----------------------------------------------------------
 
@@ -307,8 +305,8 @@ class Work(NamedTuple):
 
     block: nn.Module
     path: str                           # the block's name in the model
-    call: blocks.Call                   # its arguments on a few tokens, and any hidden states of
-    hidden: torch.Tensor                # that size (the first block's), to check every fold on
+    few_call: blocks.Call               # its arguments on a few tokens, and any hidden states of
+    few_hidden: torch.Tensor            # that size (the first block's), to check every fold on
     tokens: int                         # of the calibration set
     full: list | None = None            # for tuning: what full-precision blocks make of that text
 
@@ -319,37 +317,37 @@ def quantize_group(work, group, statistics, how):
     The Linears hold W diag(s) afterwards. ValueError for NaN or Inf, or a step above float16.
     """
     # 1. The weights that share the input, and what is known of it.
+    names = [f"{work.path}.{name}" for name in group.layers]
     weights = [work.block.get_submodule(name).weight for name in group.layers]
-    K = weights[0].shape[1]
-    line = {"layers": [f"{work.path}.{name}" for name in group.layers], "folded_into": None,
-            "fold": None, "reason": group.reason if how.scale else "scale is False"}
+    K, reason = weights[0].shape[1], group.reason if how.scale else "scale is False"
     how = how._replace(scale=bool(group.fold) and how.scale)
     if statistics.tokens < min(group_length(K, how.bits, how.group_size), work.tokens):
-        line["reason"] = (f"{statistics.tokens} of {work.tokens} calibration tokens: too few, "
-                          "plain rounding")
+        reason = (f"{statistics.tokens} of {work.tokens} calibration tokens: too few, plain "
+                  "rounding")
         s_X = torch.zeros(K, dtype=torch.float32, device=weights[0].device)
         C = s_X.new_zeros(K, K)
         how = how._replace(scale=False, clip=False, rounding=None)
     else:
         C, s_X = statistics.C, statistics.s_X
         if not C.isfinite().all():
-            raise ValueError(f"the input of {line['layers'][0]} contains NaN or Inf")
+            raise ValueError(f"the input of {names[0]} contains NaN or Inf")
     # 2. s and the clipping.
     if how.scale:
         s_X = mean_over_readers(s_X, group.fold.rows)
-    found, rtn, curve = search_scale(weights, C, s_X, how)
+    best, rtn, curve = search_scale(weights, C, s_X, how)
     # 3. W diag(s) to integers; what it reads is now X diag(1/s).
-    integers = [quantize_layer(name, W * found.s, how, keep)
-                for name, W, keep in zip(line["layers"], weights, found.keeps)]
+    integers = [quantize_layer(name, W * best.s, how, keep)
+                for name, W, keep in zip(names, weights, best.keeps)]
     if how.rounding:
-        integers = round_together([W * found.s for W in weights], integers,
-                                  C / (found.s[:, None] * found.s), statistics.tokens, how)
-    total = sum(output_error(dequantize(*i) / found.s - W, C) for i, W in zip(integers, weights))
+        integers = round_together([W * best.s for W in weights], integers,
+                                  C / (best.s[:, None] * best.s), statistics.tokens, how)
+    total = sum(output_error(dequantize(*i) / best.s - W, C) for i, W in zip(integers, weights))
     # 4. 1/s into the producer, s into the Linears, which changes these weights in place.
     if how.scale:
-        fold(work, group, found.s)
-        line |= {"folded_into": f"{work.path}.{group.fold.producer}", "fold": group.fold.kind}
-    return {**line, "alpha": found.alpha, "loss_rtn": rtn.loss, "loss": total, "s": found.s.cpu(),
+        fold(work, group, best.s)
+    return {"layers": names, "reason": reason, "alpha": best.alpha, "loss_rtn": rtn.loss,
+            "folded_into": f"{work.path}.{group.fold.producer}" if how.scale else None,
+            "fold": group.fold.kind if how.scale else None, "loss": total, "s": best.s.cpu(),
             "curve": [(alpha, how.clip, loss) for alpha, loss in curve]
             }, dict(zip(group.layers, integers))
 
@@ -361,14 +359,14 @@ def round_together(weights, integers, C, tokens, how):
     """
     rows = [len(W) for W in weights]
     if how.rounding in ROUNDINGS.values():
-        C = roundings.shrunk(C, tokens)
+        C = shrunk(C, tokens)
     delta, zero = (torch.cat(part) for part in list(zip(*integers))[1:])
-    found = q, delta, zero = how.rounding(torch.cat(weights), delta, zero, how.bits, C)
+    q, delta, zero = how.rounding(torch.cat(weights), delta, zero, how.bits, C)
     if not (q.dtype == zero.dtype == torch.uint8 and q.shape == (sum(rows), len(C))
             and delta.isfinite().all() and max(q.max(), zero.max()) < 2 ** how.bits):
         raise ValueError(f"rounding {how.rounding} gave q {q.dtype} {tuple(q.shape)}: it must give "
                          "q and zero as uint8 below 2^bits, and finite steps delta")
-    return list(zip(*(part.split(rows) for part in found)))
+    return list(zip(q.split(rows), delta.split(rows), zero.split(rows)))
 
 
 def quantize_layer(name, W, how, keep=(1, 1)):
@@ -394,16 +392,16 @@ def fold(work, group, s):
 
     ValueError if what the block adds to most of a few tokens changes.
     """
-    before = blocks.replay(work.block, work.call, work.hidden).float()
+    before = blocks.replay(work.block, work.few_call, work.few_hidden).float()
     blocks.divide_output(work.block, group.fold, s)
     blocks.multiply_inputs(work.block, group.layers + group.kept, s)
-    after = blocks.replay(work.block, work.call, work.hidden).float()
+    after = blocks.replay(work.block, work.few_call, work.few_hidden).float()
     dtype = work.block.get_submodule(group.layers[0]).weight.dtype
     if not (before.isfinite().all() and after.isfinite().all()):
         raise ValueError(f"the output of {work.path} contains NaN or Inf in {dtype}: its weights "
                          "or activations exceed that range")
     # The median token: one of which two experts were about to be chosen may now have the other.
-    added = (before - work.hidden.float()).norm(dim=-1).clamp(min=1e-30)
+    added = (before - work.few_hidden.float()).norm(dim=-1).clamp(min=1e-30)
     error = ((after - before).norm(dim=-1) / added).median()
     if error > FOLD_TOLERANCE[dtype]:
         raise ValueError(f"folding s into {work.path}.{group.fold.producer} changed what the block "
@@ -448,17 +446,18 @@ def my_share(tokens):
 def add_over_ranks(statistics, weight):
     """The statistics of all ranks' samples, the same bits on each; ConnectionError."""
     K = weight.shape[1]
-    zeros = torch.zeros(K * K + K + 1, dtype=torch.float32, device=weight.device)
-    sums = [zeros[:K * K].view(K, K), zeros[K * K:-1], zeros[-1:]]
-    for total, own in zip(sums, (statistics.square_sum, statistics.absolute_sum,
-                                 statistics.tokens)):
-        total += own        # 0 where no token reached the layer on this rank
-        try:
-            dist.all_reduce(total)
-        except RuntimeError as error:
-            raise ConnectionError(f"rank {ranks()[0]} of {ranks()[1]}: another rank died or did "
-                                  f"not answer in time ({error})") from error
-    statistics.square_sum, statistics.absolute_sum, statistics.tokens = *sums[:2], int(sums[2])
+    flat = torch.zeros(K * K + K + 1, dtype=torch.float32, device=weight.device)
+    square_sum, absolute_sum, tokens = flat[:K * K].view(K, K), flat[K * K:-1], flat[-1]
+    square_sum += statistics.square_sum         # 0 where no token reached the layer on this rank
+    absolute_sum += statistics.absolute_sum
+    tokens += statistics.tokens
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        raise ConnectionError(f"rank {ranks()[0]} of {ranks()[1]}: another rank died or did not "
+                              f"answer in time ({error})") from error
+    statistics.square_sum, statistics.absolute_sum = square_sum, absolute_sum
+    statistics.tokens = int(tokens)
 
 
 def quantize_block(work, groups, calls, hidden, how, clock):
@@ -499,7 +498,7 @@ def quantize_block(work, groups, calls, hidden, how, clock):
 def tune_block(work, integers, calls, hidden, how):
     """rounding.tune: what the block makes of hidden, closer to what it made in full precision."""
     layers = {work.block.get_submodule(name): name for name in integers}
-    found = roundings.tune(
+    found = tune(
         {layer: (layer.weight.float(), *integers[name]) for layer, name in layers.items()},
         how.bits, lambda given: blocks.replay(work.block, *given),
         list(zip(zip(calls, hidden), work.full)))
@@ -526,8 +525,7 @@ def pack_block(block, integers, bits):
 
 # ---- A model -------------------------------------------------------------------------------------
 
-ROUNDINGS = {"nearest": None, "gptq": roundings.gptq, "descent": roundings.descend,
-             "tuned": roundings.descend}
+ROUNDINGS = {"nearest": None, "gptq": gptq, "descent": descend, "tuned": descend}
 
 
 @torch.no_grad()
@@ -602,7 +600,7 @@ def record_batches(model, layers, batches, hidden):
     for batch, x in zip(batches, hidden):
         if len(batch) not in calls:
             calls[len(batch)], made = blocks.record(model, layers, batch, x.device)
-            blocks.check_replay(layers, calls[len(batch)], x, made, x.device)
+            blocks.check_replay(layers, calls[len(batch)], x, made)
     return calls
 
 

@@ -197,11 +197,14 @@ def record(model, blocks, tokens, device=None):
 
 
 @torch.no_grad()
-def check_replay(blocks, calls, hidden, expected, device=None):
-    """ValueError unless replaying all blocks makes the hidden states that the model itself made."""
+def check_replay(blocks, calls, hidden, expected):
+    """ValueError unless replaying all blocks makes the hidden states that the model itself made.
+
+    Where the hidden states are, and the arguments of the calls.
+    """
     for index, (block, call) in enumerate(zip(blocks, calls)):
-        with moved(block, device):
-            hidden = replay(block, call, hidden.to(device))
+        with moved(block, hidden.device):
+            hidden = replay(block, call, hidden)
         if not hidden.isfinite().all():
             raise ValueError(f"the output of block {index} contains NaN or Inf in {hidden.dtype}: "
                              "its weights or activations exceed that range")
@@ -213,17 +216,17 @@ def check_replay(blocks, calls, hidden, expected, device=None):
 
 
 @contextmanager
-def moved(module, device=None):
+def moved(module, device):
     """The module on another device; afterwards it is back where it was."""
-    home = next((p.device for p in module.parameters()), device or "cpu")   # ReLU has no parameter
+    home = next((p.device for p in module.parameters()), device)        # ReLU has no parameter
     try:
-        yield module.to(device or home)
+        yield module.to(device)
     finally:
         module.to(home)
 
 
 def same_arguments(call, other):
-    """Whether two Calls have the same leaves, tensors to the last bit."""
+    """Whether two Calls have the same leaves: tensors to the last bit, others of the same type."""
     leaves, others = (tree_leaves((c.args, c.kwargs)) for c in (call, other))
     return len(leaves) == len(others) and all(
         x.shape == y.shape and torch.equal(x, y) if isinstance(x, torch.Tensor) else

@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 BLOCK = 128     # channels between two matrix products
 DAMPING = 0.01  # of C's mean diagonal, as in GPTQ's code
 REACH = 0.25    # steps between a point of the grid and where tuning starts, at most
-TRAVEL = 0.5, 0.05  # tuning moves an offset at most 0.5 steps, an end of a range by a twentieth
+TRAVEL = 0.5, 0.05  # tuning moves an offset about 0.5 steps at most, an end by a twentieth
 
 
 def transposed(delta, zero, dtype):
@@ -116,6 +116,7 @@ def descend(W, delta, zero, bits, C, sweeps=4):
             W_hat[k] = w_hat
         E[first:last] += moved
     return q.T.to(torch.uint8).contiguous(), delta, zero
+
 
 # ---- SignRound: moved by gradient, for the output of the whole block -----------------------------
 
