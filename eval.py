@@ -310,15 +310,15 @@ def peak_bytes(on_cuda):
     return None
 
 
-def measure(bench, name, bits=16, group_size=None, tokens=None):
-    """(row of the table, report of awq.py) of a method; tokens: instead of the bench's."""
+def measure(bench, name, bits=None, group_size=None, tokens=None):
+    """(row of the table, report of awq.py) of a method; by default the first grid, all tokens."""
     method, tokens = METHODS[name], bench.tokens if tokens is None else tokens
+    bits, group_size = bits or bench.args.bits[0], group_size or bench.args.group_size[0]
     if method.bits:
         bits, group_size = method.bits, -1
     if name == "fp":
         bits, group_size = 16, None
-    reads = method.walk is not None or method.smooth
-    key = name, bits, group_size, tokens.numpy().tobytes() if reads else None
+    key = name, bits, group_size, tokens.numpy().tobytes()
     if key not in bench.known:
         model, report = bench.model, {"seconds": 0.0, "groups": []}
         if name != "fp":
@@ -358,13 +358,13 @@ def describe_device(device):
 
 def describe(setup):
     """The set-up in one line."""
-    model = {"smollm2": "SmolLM2-135M-Instruct (its full precision: the dequantized Q4_1 of a GGUF)"
-             }.get(setup["model"], setup["model"])
-    return ("{model}, {millions:.1f} M parameters; test text {data}, {windows} windows of {window},"
-            " {bytes_per_token:.2f} bytes a token; calibration {calib}, {samples} x {seq_len} "
+    name = setup["model"]
+    if name == "smollm2":
+        name = "SmolLM2-135M-Instruct (its full precision: the dequantized Q4_1 of a GGUF)"
+    return ("{name}, {millions:.1f} M parameters; test text {data}, {windows} windows of {window}, "
+            "{bytes_per_token:.2f} bytes a token; calibration {calib}, {samples} x {seq_len} "
             "tokens, seed {seed}; {device}; Python {python}, torch {torch}, transformers "
-            "{transformers}").format(
-                **{**setup, "model": model, "millions": setup["parameters"] / 1e6})
+            "{transformers}").format(name=name, millions=setup["parameters"] / 1e6, **setup)
 
 
 def markdown(rows):
@@ -411,8 +411,8 @@ GREY = "#808080"                # readable on white and on black
 STYLE = {"svg.hashsalt": "awq", "svg.fonttype": "none", "font.size": 9, "legend.frameon": False,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.25, "lines.markersize": 4, **dict.fromkeys((
-             "text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color",
-             "ytick.color", "grid.color"), GREY)}
+             "text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color",
+             "grid.color"), GREY)}
 
 
 def bits_panel(rows):
@@ -442,13 +442,12 @@ def draw(path, panels):
         figure = Figure(figsize=(2 + 3 * columns, 3.2 * lines), layout="constrained")
         for i, panel in enumerate(panels):
             draw_panel(figure.add_subplot(lines, columns, i + 1), panel)
-        figure.savefig(path, transparent=True,
-                       metadata={"Date": None} if str(path).endswith(".svg") else None)
+        figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
 def draw_panel(axes, panel):
-    axes.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
-    axes.set(**{f"{axis}scale": "log" for axis in panel.get("log", "")})
+    axes.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"],
+             **{f"{axis}scale": "log" for axis in panel.get("log", "")})
     for label, (xs, ys) in panel["series"].items():
         axes.plot(xs, ys, marker="o" if len(xs) < 10 else None, label=label)
     for x, y, text in panel.get("points", ()):

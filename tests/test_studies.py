@@ -39,15 +39,14 @@ def kept(small, tmp_path_factory):      # noqa: F811
 
 def test_every_study_gives_a_sentence_a_table_and_its_command(kept):
     root, records = kept
-    assert list(records["tinylm"]) == [name for name, study in studies.STUDIES.items()
-                                       if "tinylm" in study.models]
+    assert list(records["tinylm"]) == [name for name in studies.STUDIES if name != "autoround"]
     text = (root / "RESULTS.md").read_text()
     for name, record in records["tinylm"].items():
-        study = studies.STUDIES[name]
-        said = studies.sentence(study, "tinylm", record["facts"])
-        assert f"## {study.title}\n\n{studies.claim(study)}\n\n- {said}\n" in text
+        title, claim, _ = studies.texts(name)
+        said = studies.sentence(name, "tinylm", record["facts"])
+        assert f"## {title}\n\n{claim}\n\n- {said}\n" in text
         assert not re.search(r"[{}]|\bnan\b|None", said)
-        assert record["command"].startswith(f"python studies.py {name} --model tinylm --bits 3")
+        assert record["command"].startswith(f"python studies.py {name} --model tinylm --data ")
         assert record["command"] in text and record["setup"]["model"] == "tinylm"
         assert all(len(row) == len(rows[0]) for rows in record["tables"] for row in rows)
 
@@ -109,10 +108,10 @@ def test_studies_agree_with_each_other_where_they_must(kept):
 def test_everything_kept_is_full_precision_and_nothing_scaled_is_rtn(small):     # noqa: F811
     bench = bench_of(*small)
     full, rtn = (studies.ppl_of(bench, name) for name in ("fp", "rtn"))
-    score = studies.activation_scores(bench)
-    everything = studies.kept_by(bench, "s_X", 1.0, lambda name, W: score[name])
+    s_X = studies.activation_scores(bench)
+    everything = studies.kept_by(bench, 1.0, lambda name, W: s_X[name])
     assert everything == pytest.approx(full, rel=1e-6) and abs(full - rtn) > 1e-3 * full
-    assert studies.twice(bench, 1.0)[0] == pytest.approx(rtn, rel=1e-6)
+    assert studies.twice(bench, s_X, 1.0)[0] == pytest.approx(rtn, rel=1e-6)
     assert studies.of_rtn(bench, full) == 1 and studies.of_rtn(bench, rtn) == 0
 
 
@@ -145,11 +144,20 @@ def test_choosing_by_the_block_takes_what_changes_its_output_less(scaled, unscal
         found = awq.Scaling(1.0, float(how.scale), torch.ones_like(s_X), keeps)
         return found, found, []
 
-    collect, quantize_group = studies.choosing_by_block(search)
-    monkeypatch.setattr(awq, "collect_statistics", collect)
-    monkeypatch.setattr(awq, "quantize_group", quantize_group)
+    monkeypatch.setattr(awq, "quantize_block", studies.choosing_by_block(search))
     report = awq.quantize_model(llama(), torch.randint(0, 96, (4, 24)), 8, 32, progress=False)
     assert {line["alpha"] for line in report["groups"]} == {float(scaled > unscaled)}
+
+
+def test_the_command_kept_has_the_options_given_and_no_other_study():
+    """Also a value that is a study's name, or the model's; of a run of all models its own."""
+    argv = ["all", "grid", "--model", "tinylm", "--calib", "all", "--data=tinylm", "--bits", "4,3",
+            "--seed", "0", "--group-size", "-1", "--write"]
+    said = "--data tinylm --calib all --bits 4,3 --group-size -1 --seed 0"
+    command = studies.command("grid", "tinylm", argv)
+    assert command == f"python studies.py grid --model tinylm {said}"
+    assert studies.command("grid", "tinylm", command.split()[2:]) == command
+    assert studies.command("all", "smollm2", []) == "python studies.py all --model smollm2"
 
 
 @pytest.mark.parametrize("arguments, named", [
