@@ -30,14 +30,12 @@ quantized activations. No speed on a GPU is claimed: none was at hand.
 import argparse
 import copy
 import ctypes
-import datetime
 import functools
 import hashlib
 import itertools
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import threading
@@ -49,6 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x and y; 0, 1, 2 in the CUDA source
 # Up to this many tokens the fused CUDA kernel, beyond it dequantize + cuBLAS: an estimate, not
 # measured; `python kernel.py` prints both sides.
 FUSED_MAX_TOKENS = 128
@@ -129,9 +128,8 @@ def cuda_tiles(qweight, qzeros, scales):
     scales, zeros = (F.pad(t[group.clamp(max=groups - 1)], (0, 16 * rows - N))
                      .view(units, S, rows, 2, 8).permute(2, 0, 1, 4, 3).contiguous()  # g, h
                      for t in (scales, unpack(qzeros, 4, N)))
-    both = zeros[..., :1] | zeros[..., 1:] << 4  # [rows, units, S, 8, 1]
-    zeros = torch.cat([both, 0 * both] * 2, -1)  # as nibbles 0, 1 and 4, 5 of a word
-    pairs = torch.cat([scales.view(torch.int32), zeros.view(torch.int32)], -1)
+    zeros = (zeros[..., :1] | zeros[..., 1:] << 4).int() * 0x10001  # as nibbles 0, 1 and 4, 5
+    pairs = torch.cat([scales.view(torch.int32), zeros], -1)  # [rows, units, S, 8, 2]
     return torch.cat([words, pairs.flatten(2)], -1)
 
 
@@ -174,18 +172,28 @@ def restore(words, K, N):
 # --- CUDA source ----------------------------------------------------------------------------------
 # No torch header in it, so that nvcc alone can compile it and tests/cuda_on_cpu.h can run it.
 CUDA = r"""
+template <typename To, typename From> __device__ inline To bits_as(From v) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits under another type");
+  return *reinterpret_cast<To*>(&v);
+}
+
 #ifndef CUDA_ON_CPU  // tests/cuda_on_cpu.h brings its own of these, so that a CPU can run this text
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define LAUNCH(kernel, grid, block, stream, ...) \
-  (kernel)<<<grid, block, 0, (cudaStream_t)(stream)>>>(__VA_ARGS__)
+#include <type_traits>
 
-// (v & MASK) | magic. Left to itself, nvcc makes two instructions of it: of two constants only one
-// fits into a lop3, so the other has to be in a register.
-template <unsigned MASK> __device__ unsigned and_or(unsigned v, unsigned magic) {
+// Pointers without a type become what the kernel declares.
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, int block, void* stream, A... arguments) {
+  kernel<<<grid, block, 0, (cudaStream_t)stream>>>((P)arguments...);
+}
+
+// (v & MASK) | magic, as a pair of numbers. Left to itself, nvcc makes two instructions of it: of
+// two constants only one fits into a lop3, so the other has to be in a register.
+template <typename Pair, unsigned MASK> __device__ Pair and_or(unsigned v, unsigned magic) {
   unsigned result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(v), "n"(MASK), "r"(magic));
-  return result;
+  return bits_as<Pair>(result);
 }
 
 // c[16 x 8] += a[16 x 16] b[16 x 8], the whole warp together. With g = lane / 4, t = lane % 4:
@@ -197,39 +205,21 @@ template <unsigned MASK> __device__ unsigned and_or(unsigned v, unsigned magic) 
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                           __half) {
+template <typename T>
+__device__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  constexpr bool is_half = std::is_same<T, __half>::value;
 #if __CUDA_ARCH__ >= 800
-  MMA("f16");
-#else  // sm_75 multiplies 8 deep: two steps
+  if constexpr (is_half) MMA("f16"); else MMA("bf16");
+#else  // sm_75 multiplies 8 deep, so in two steps, and no bfloat16: cuda_product sends it none
   for (int i = 0; i < 2; i++)
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(i ? b1 : b0));
-#endif
-}
-__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                           __nv_bfloat16) {
-#if __CUDA_ARCH__ >= 800
-  MMA("bf16");
-#else
-  __trap();  // no bfloat16 tensor cores before sm_80; cuda_product never sends it here
+  if (!is_half) __trap();
 #endif
 }
 #endif  // CUDA_ON_CPU
-
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-template <typename T> __device__ T from_float(float v);
-template <> __device__ inline float from_float(float v) { return v; }
-template <> __device__ inline __half from_float(float v) { return __float2half_rn(v); }
-template <> __device__ inline __nv_bfloat16 from_float(float v) { return __float2bfloat16_rn(v); }
-
-template <typename To, typename From> __device__ inline To bits_as(From v) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits under another type");
-  return *reinterpret_cast<To*>(&v);
-}
 
 // Sixteen bytes as an array; streamed: read once, so not worth a place in the L1 cache.
 struct alignas(16) Words { unsigned w[4]; };
@@ -256,7 +246,7 @@ __global__ void teaching_kernel(
   const size_t m = blockIdx.x;
   const int n = blockIdx.y * blockDim.x + threadIdx.x;
   if (n >= N) return;
-  float sum = bias ? to_float(bias[n]) : 0.f;
+  float sum = bias ? float(bias[n]) : 0.f;
   for (size_t group = 0; group < K / G; group++) {
     // 2. One scale and one zero point a group.
     const int zero = nibble(qzeros + group * (N / 8), n);
@@ -264,48 +254,39 @@ __global__ void teaching_kernel(
     for (size_t k = group * G; k < (group + 1) * G; k++)
       // 3. Nibble to integer, integer times activation: float32 throughout, because |x| * 15
       //    added up K times does not fit in a half.
-      part += to_float(x[m * K + k]) * (nibble(qweight + k * (N / 8), n) - zero);
-    sum += part * __half2float(scales[group * N + n]);
+      part += float(x[m * K + k]) * (nibble(qweight + k * (N / 8), n) - zero);
+    sum += part * float(scales[group * N + n]);
   }
   // 4. One rounding, at the very end.
-  y[m * N + n] = from_float<T>(sum);
+  y[m * N + n] = T(sum);
 }
 
 // Eight nibbles of a word -> the four registers of an mma A fragment, q - z in each half, exactly.
 // `zeros` is such a word too: it holds z of row g and z of row g + 8, each where q would be.
-template <typename T> struct Decode;
+template <typename T> __device__ void decode(unsigned (&a)[4], unsigned v, unsigned zeros);
+constexpr unsigned ROW = 0x000f000f, ROW8 = 0x00f000f0;  // two inputs of row g, of row g + 8
 
-template <> struct Decode<__half> {
-  __half2 zero, zero8;
-  // 0x6400 | q is the half 1024 + q. Row g + 8 sits four bits higher, as 1024 + 16 q: a sixteenth
-  // of it is 64 + q, so no shift. All steps are exact for all 256 (q, z).
-  __device__ static __half2 low(unsigned v) {
-    return bits_as<__half2>(and_or<0x000f000f>(v, 0x64006400));
+// 0x6400 | q is the half 1024 + q. Row g + 8 sits four bits higher, as 1024 + 16 q: a sixteenth of
+// it is 64 + q, so no shift. All steps are exact for all 256 (q, z).
+template <> __device__ inline void decode<__half>(unsigned (&a)[4], unsigned v, unsigned zeros) {
+  const __half2 sixteenth = __float2half2_rn(1.f / 16), minus = __float2half2_rn(-1.f / 16);
+  const __half2 zero = and_or<__half2, ROW>(zeros, 0x64006400);
+  const __half2 zero8 = __hmul2(and_or<__half2, ROW8>(zeros, 0x64006400), minus);
+  for (int i = 0; i < 2; i++, v >>= 8) {
+    const __half2 q8 = and_or<__half2, ROW8>(v, 0x64006400);
+    a[2 * i] = bits_as<unsigned>(__hsub2(and_or<__half2, ROW>(v, 0x64006400), zero));
+    a[2 * i + 1] = bits_as<unsigned>(__hfma2(q8, sixteenth, zero8));
   }
-  __device__ static __half2 high(unsigned v) {
-    return bits_as<__half2>(and_or<0x00f000f0>(v, 0x64006400));
-  }
-  __device__ explicit Decode(unsigned zeros)
-      : zero(low(zeros)), zero8(__hmul2(high(zeros), __float2half2_rn(-1.f / 16))) {}
-  __device__ void operator()(unsigned v, unsigned (&a)[4]) const {
-    for (int i = 0; i < 2; i++, v >>= 8) {
-      a[2 * i] = bits_as<unsigned>(__hsub2(low(v), zero));
-      a[2 * i + 1] = bits_as<unsigned>(__hfma2(high(v), __float2half2_rn(1.f / 16), zero8));
-    }
-  }
-};
+}
 
-template <> struct Decode<__nv_bfloat16> {
-  __nv_bfloat162 zero[2];
-  // 0x4300 | q is the bfloat16 128 + q; eight significant bits leave no room for the 16 q trick.
-  __device__ static __nv_bfloat162 low(unsigned v) {
-    return bits_as<__nv_bfloat162>(and_or<0x000f000f>(v, 0x43004300));
+// 0x4300 | q is the bfloat16 128 + q; eight significant bits leave no room for the 16 q trick.
+template <>
+__device__ inline void decode<__nv_bfloat16>(unsigned (&a)[4], unsigned v, unsigned zeros) {
+  for (int i = 0; i < 4; i++, v >>= 4) {
+    const auto zero = and_or<__nv_bfloat162, ROW>(zeros >> i % 2 * 4, 0x43004300);
+    a[i] = bits_as<unsigned>(__hsub2(and_or<__nv_bfloat162, ROW>(v, 0x43004300), zero));
   }
-  __device__ explicit Decode(unsigned zeros) : zero{low(zeros), low(zeros >> 4)} {}
-  __device__ void operator()(unsigned v, unsigned (&a)[4]) const {
-    for (int i = 0; i < 4; i++, v >>= 4) a[i] = bits_as<unsigned>(__hsub2(low(v), zero[i % 2]));
-  }
-};
+}
 
 // Y^T = W_hat X^T on tensor cores: the 16 rows of A are outputs, the 8 columns of B are tokens.
 // A block of 8 warps owns 16 R ROW_WARPS outputs of 8 NT tokens. The warps share out the outputs
@@ -316,7 +297,7 @@ constexpr int WARPS = 8;
 template <typename T, int NT, int R, int ROW_WARPS, int S>
 __global__ void __launch_bounds__(32 * WARPS, NT * S >= 8 ? 1 : 2) fused_kernel(
     const T* x,                       // [M, 128 units], 16-byte aligned
-    const uint4* __restrict__ tiles,  // [row tiles, units, 64 + 4 S], see cuda_tiles()
+    const Words* __restrict__ tiles,  // [row tiles, units, 64 + 4 S], see cuda_tiles()
     const T* __restrict__ bias,       // [N] or null
     T* __restrict__ y,                // [M, N]
     float* __restrict__ partial,      // [gridDim.y, M, N] if gridDim.y > 1
@@ -334,7 +315,7 @@ __global__ void __launch_bounds__(32 * WARPS, NT * S >= 8 ? 1 : 2) fused_kernel(
   const int first = blockIdx.y * K_WARPS + k_warp, step = gridDim.y * K_WARPS;
   const int mine = (units - first + step - 1) / step;  // units first, first + step, ..
   const size_t row0 = 16 * R * (blockIdx.x * ROW_WARPS + row_warp);
-  const uint4* tile[R];
+  const Words* tile[R];
   const T* inputs[NT];
   for (int r = 0; r < R; r++)
     tile[r] = tiles + ((row0 / 16 + r) * units + first) * TILE;
@@ -365,13 +346,12 @@ __global__ void __launch_bounds__(32 * WARPS, NT * S >= 8 ? 1 : 2) fused_kernel(
         }
         for (int r = 0; r < R; r++) {
           // 3. part[16 outputs, 8 tokens] += (q - z)[16, 16] x[16, 8]; every product is exact.
-          const Decode<T> decode(unit.pairs[r][s].y);
           for (int i = 0; i < 2; i++) {
             unsigned a[4];
-            decode(unit.words[r][slice / 2].w[slice % 2 * 2 + i], a);
+            decode<T>(a, unit.words[r][slice / 2].w[slice % 2 * 2 + i], unit.pairs[r][s].y);
             for (int n = 0; n < NT; n++) {
               const unsigned(&x8)[4] = b[slice % AHEAD][n].w;
-              mma(part[i % CHAINS][r][n], a, x8[2 * i], x8[2 * i + 1], T{});
+              mma<T>(part[i % CHAINS][r][n], a, x8[2 * i], x8[2 * i + 1]);
             }
           }
         }
@@ -380,7 +360,7 @@ __global__ void __launch_bounds__(32 * WARPS, NT * S >= 8 ? 1 : 2) fused_kernel(
       for (int i = 0; i < CHAINS * R * NT * 4; i++) {
         const int c = i % 4, n = i / 4 % NT, r = i / 4 / NT % R;
         const __half2 scale = bits_as<__half2>(unit.pairs[r][s].x);
-        acc[r][n][c] += __half2float(c / 2 ? scale.y : scale.x) * part[i / 4 / NT / R][r][n][c];
+        acc[r][n][c] += float(c / 2 ? scale.y : scale.x) * part[i / 4 / NT / R][r][n][c];
       }
     }
     for (int n = 0; n < NT; n++) inputs[n] += 128 * step;
@@ -414,7 +394,7 @@ __global__ void __launch_bounds__(32 * WARPS, NT * S >= 8 ? 1 : 2) fused_kernel(
     if (gridDim.y > 1)
       partial[(blockIdx.y * (size_t)M + token) * N + row] = sum;
     else
-      y[token * N + row] = from_float<T>(sum + (bias ? to_float(bias[row]) : 0.f));
+      y[token * N + row] = T(sum + (bias ? float(bias[row]) : 0.f));
   }
 }
 
@@ -429,32 +409,29 @@ __global__ void add_kernel(const float* __restrict__ partial,  // [splits, M, N]
   if (o >= size) return;
   float sum = 0.f;
   for (int s = 0; s < splits; s++) sum += partial[s * size + o];
-  y[o] = from_float<T>(sum + (bias ? to_float(bias[o % N]) : 0.f));
+  y[o] = T(sum + (bias ? float(bias[o % N]) : 0.f));
 }
 
 // For many tokens: W_hat in T, which cuBLAS multiplies. One block, one tile; one thread, one load
 // of 16 bytes: two rows of eight inputs in each of two slices.
 template <typename T>
-__global__ void dequantize_kernel(const uint4* __restrict__ tiles,  // [row tiles, units, 64 + 4 S]
+__global__ void dequantize_kernel(const Words* __restrict__ tiles,  // [row tiles, units, 64 + 4 S]
                                   T* __restrict__ W_hat,            // [16 row tiles, 128 units]
                                   int units, int S) {
-  const uint4* tile = tiles + blockIdx.x * (size_t)(64 + 4 * S);
+  const Words* tile = tiles + blockIdx.x * (size_t)(64 + 4 * S);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Words packed = stream(tile + threadIdx.x);
   for (int j = 0; j < 2; j++) {
     const int slice = threadIdx.x / 32 * 2 + j;
     const uint2 pair = ((const uint2*)(tile + 64))[slice * S / 4 * 8 + g];
-    const Decode<__half> decode(pair.y);
+    const __half2 scale = bits_as<__half2>(pair.x);
     unsigned a[2][4];  // [mma step][row g, g + 8, g, g + 8]
-    decode(packed.w[2 * j], a[0]);
-    decode(packed.w[2 * j + 1], a[1]);
+    for (int i = 0; i < 2; i++) decode<__half>(a[i], packed.w[2 * j + i], pair.y);
     for (int h = 0; h < 2; h++) {
-      const __half2 scale = bits_as<__half2>(pair.x);
       struct alignas(16) { T v[8]; } out;
       for (int i = 0; i < 8; i++) {
         const __half2 q = bits_as<__half2>(a[i / 4][i / 2 % 2 * 2 + h]);
-        out.v[i] = from_float<T>(__half2float(i % 2 ? q.y : q.x) *
-                                 __half2float(h ? scale.y : scale.x));
+        out.v[i] = T(float(i % 2 ? q.y : q.x) * float(h ? scale.y : scale.x));
       }
       const size_t row = blockIdx.x / units * 16 + 8 * h + g;
       const int k = blockIdx.x % units * 128 + 32 * slice + 8 * t;
@@ -463,123 +440,55 @@ __global__ void dequantize_kernel(const uint4* __restrict__ tiles,  // [row tile
   }
 }
 
-// Host side: device addresses and the stream as integers, the type of x and y as 0 (float16), 1
-// (bfloat16) or, to dequantize, 2 (float32). Each returns CUDA's error, 0 if there is none.
-using Address = unsigned long long;
-
-// More outputs a block read X less often, fewer fill more SMs.
-template <typename T, int S>
-void launch_fused(Address x, Address tiles, Address bias, Address y, Address partial, int M, int N,
-                  int units, int splits, Address stream) {
-  constexpr int R = S == 1 ? 2 : 1;  // with four scales a unit there are no registers for two rows
-  auto kernel = M <= 4    ? fused_kernel<T, 1, 1, 1, S>
-                : M <= 8  ? fused_kernel<T, 1, R, 2 / R, S>
-                : M <= 16 ? fused_kernel<T, 2, R, 4 / R, S>
-                : M <= 32 ? fused_kernel<T, 4, 1, 4, S>
-                          : fused_kernel<T, 4 * R, 1, 4, S>;
-  const int rows = M <= 4 ? 16 : M <= 8 ? 32 : 64;
-  const int tokens = M <= 8 ? 8 : M <= 16 ? 16 : M <= 32 ? 32 : 32 * R;
-  const dim3 grid((N + rows - 1) / rows, splits, (M + tokens - 1) / tokens);
-  LAUNCH(kernel, grid, 32 * WARPS, stream, (const T*)x, (const uint4*)tiles, (const T*)bias, (T*)y,
-         (float*)partial, M, N, units);
-  const size_t size = (size_t)M * N;
-  if (splits > 1)
-    LAUNCH(add_kernel<T>, (size + 255) / 256, 256, stream, (const float*)partial, (const T*)bias,
-           (T*)y, size, N, splits);
-}
-
-extern "C" int awq_fused(int type, int S, Address x, Address tiles, Address bias, Address y,
-                         Address partial, int M, int N, int units, int splits, Address stream) {
-  (type ? S == 1 ? launch_fused<__nv_bfloat16, 1> : launch_fused<__nv_bfloat16, 4>
-        : S == 1 ? launch_fused<__half, 1> : launch_fused<__half, 4>)(
-      x, tiles, bias, y, partial, M, N, units, splits, stream);
+// Host side: `type` is that of x and y, its index in DTYPES. Each returns CUDA's error, 0 if none.
+extern "C" int awq_teaching(int type, void* x, void* qweight, void* qzeros, void* scales,
+                            void* bias, void* y, int M, int N, int K, int G, void* stream) {
+  auto start = [=](auto kernel) {
+    launch(kernel, dim3(M, (N + 127) / 128), 128, stream, x, qweight, qzeros, scales, bias, y, N, K,
+           G);
+  };
+  type == 1 ? start(teaching_kernel<__half>) : start(teaching_kernel<__nv_bfloat16>);
   return cudaGetLastError();
 }
 
-extern "C" int awq_teaching(int type, Address x, Address qweight, Address qzeros, Address scales,
-                            Address bias, Address y, int M, int N, int K, int G, Address stream) {
-  auto launch = [=](auto zero) {
+extern "C" int awq_fused(int type, int S, void* x, void* tiles, void* bias, void* y, void* partial,
+                         int M, int N, int units, int processors, void* stream) {
+  auto start = [=](auto kernel, auto add, int rows, int tokens) {  // those of a block
+    dim3 grid((N + rows - 1) / rows, 1, (M + tokens - 1) / tokens);
+    // Fewer blocks than SMs: share out K too, while there is a unit for each of a block's warps.
+    grid.y = max(1, min(processors / int(grid.x * grid.z), units / WARPS));
+    launch(kernel, grid, 32 * WARPS, stream, x, tiles, bias, y, partial, M, N, units);
+    const size_t size = (size_t)M * N;
+    if (grid.y > 1) launch(add, (size + 255) / 256, 256, stream, partial, bias, y, size, N, grid.y);
+  };
+  // More outputs a block read X less often, fewer fill more SMs; S = 4 has no registers for R = 2.
+  auto choose = [=](auto zero, auto one_scale) {
     using T = decltype(zero);
-    LAUNCH(teaching_kernel<T>, dim3(M, (N + 127) / 128), 128, stream, (const T*)x,
-           (const unsigned*)qweight, (const unsigned*)qzeros, (const __half*)scales,
-           (const T*)bias, (T*)y, N, K, G);
+    constexpr int S = one_scale() ? 1 : 4, R = one_scale() ? 2 : 1;
+    M <= 4    ? start(fused_kernel<T, 1, 1, 1, S>, add_kernel<T>, 16, 8)
+    : M <= 8  ? start(fused_kernel<T, 1, R, 2 / R, S>, add_kernel<T>, 32, 8)
+    : M <= 16 ? start(fused_kernel<T, 2, R, 4 / R, S>, add_kernel<T>, 64, 16)
+    : M <= 32 ? start(fused_kernel<T, 4, 1, 4, S>, add_kernel<T>, 64, 32)
+              : start(fused_kernel<T, 4 * R, 1, 4, S>, add_kernel<T>, 64, 32 * R);
   };
-  type ? launch(__nv_bfloat16()) : launch(__half());
+  const std::true_type one;
+  const std::false_type four;
+  if (S == 1) type == 1 ? choose(__half(), one) : choose(__nv_bfloat16(), one);
+  else type == 1 ? choose(__half(), four) : choose(__nv_bfloat16(), four);
   return cudaGetLastError();
 }
 
-extern "C" int awq_dequantize(int type, int S, Address tiles, Address W_hat, int rows, int units,
-                              Address stream) {
-  auto launch = [=](auto zero) {
-    LAUNCH(dequantize_kernel<decltype(zero)>, rows * units, 64, stream, (const uint4*)tiles,
-           (decltype(zero)*)W_hat, units, S);
+extern "C" int awq_dequantize(int type, int S, void* tiles, void* W_hat, int rows, int units,
+                              void* stream) {
+  auto start = [=](auto kernel) {
+    launch(kernel, rows * units, 64, stream, tiles, W_hat, units, S);
   };
-  type == 2 ? launch(0.f) : type ? launch(__nv_bfloat16()) : launch(__half());
+  type == 0   ? start(dequantize_kernel<float>)
+  : type == 1 ? start(dequantize_kernel<__half>)
+              : start(dequantize_kernel<__nv_bfloat16>);
   return cudaGetLastError();
 }
 """
-
-
-@functools.cache
-def cuda_library():
-    """The CUDA source, built once for the GPUs there are, kept on disk; None, with a warning"""
-    from torch.utils import cpp_extension  # slow to import, and only needed here
-    heads = re.findall(r'^extern "C" [^{]*\)(?= {)', CUDA, re.MULTILINE)  # of the host functions
-    try:
-        return cpp_extension.load_inline(
-            "awq_cuda", ";\n".join(["using Address = unsigned long long", *heads, ""]), CUDA,
-            extra_cuda_cflags=["-O3"], functions=["awq_fused", "awq_teaching", "awq_dequantize"])
-    except (OSError, RuntimeError, ImportError) as reason:
-        warnings.warn("AWQ's CUDA kernels cannot be built, so a product dequantizes the weight and "
-                      f"multiplies: {reason}")
-        return None
-
-
-def launch(name, x, *arguments):
-    """Call a host function on x's device and its current stream; tensors are given as addresses"""
-    numbers = [[torch.float16, torch.bfloat16, torch.float32].index(x.dtype)]
-    for value in arguments:
-        if isinstance(value, Tensor):
-            assert value.device == x.device and value.is_contiguous(), name
-            value = value.data_ptr()
-        numbers.append(value or 0)
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        error = getattr(cuda_library(), name)(*numbers, stream)
-    if error:
-        raise RuntimeError(f"{name}: CUDA error {error}")
-
-
-def teaching(x, qweight, qzeros, scales, bias=None):
-    """The teaching kernel on the checkpoint's tensors: x [M, K] float16 or bfloat16 -> [M, N]"""
-    (M, K), (groups, N) = x.shape, scales.shape
-    y, x = x.new_empty(M, N), x.contiguous()
-    launch("awq_teaching", x, x, qweight, qzeros, scales, bias, y, M, N, K, K // groups)
-    return y
-
-
-def cuda_product(x, words, bias, N, fused_max=FUSED_MAX_TOKENS):
-    """The fast kernels: x [M, K], words of cuda_tiles -> [M, N]"""
-    M, (rows, units, width) = len(x), words.shape
-    gpu, S = torch.cuda.get_device_properties(x.device), (width - 256) // 16
-    assert words.dtype == torch.int32 and words.device == x.device
-    assert rows == -(-N // 64) * 4 and x.shape[1] <= 128 * units and words.data_ptr() % 16 == 0
-    pad = 128 * units - x.shape[1]
-    x = F.pad(x, (0, pad)) if pad else x.contiguous()  # F.pad by nothing would copy
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if M > fused_max or x.dtype == torch.float32 or x.dtype == torch.bfloat16 and gpu.major < 8:
-        W_hat = x.new_empty(16 * rows, 128 * units)
-        launch("awq_dequantize", x, S, words, W_hat, rows, units)
-        return F.linear(x, W_hat[:N], bias)
-    x = x.clone() if x.data_ptr() % 16 else x  # a view at an address unfit for 16-byte loads
-    # Fewer blocks than SMs: share out K too, while there is a unit for each of a block's 8 warps.
-    blocks = -(-N // (16 if M <= 4 else 32 if M <= 8 else 64)) * -(-M // (64 if S == 1 else 32))
-    splits = max(1, min(gpu.multi_processor_count // blocks, units // 8))
-    y, partial = x.new_empty(M, N), None
-    if splits > 1:
-        partial = x.new_empty(splits, M, N, dtype=torch.float32)
-    launch("awq_fused", x, S, x, words, bias, y, partial, M, N, units, splits)
-    return y
 
 
 # --- C++ for the CPU ------------------------------------------------------------------------------
@@ -593,8 +502,6 @@ typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 constexpr int TOGETHER = LANES == 16 ? 6 : 3;  // tokens whose 4 sums fit into the registers
 
-static inline Floats to_floats(Words v) { return __builtin_convertvector((Integers)v, Floats); }
-
 // float16 in the low halves -> float: sign, exponent and fraction to their places, then the
 // exponent's bias from 15 to 127.
 static inline Floats from_halves(Words h) {
@@ -602,7 +509,9 @@ static inline Floats from_halves(Words h) {
 }
 
 // 16^i times nibble i < 4: it stays where it is in its word, and a power of two rounds nothing.
-static inline Floats decode(Words half, int i) { return to_floats(half & 15u << 4 * i); }
+static inline Floats decode(Words half, int i) {
+  return __builtin_convertvector((Integers)(half & 15u << 4 * i), Floats);
+}
 
 // sum[n] += scale (x q - z total), n = first + i and i < NIBBLES, for TOKENS tokens and one group
 template <int TOKENS, int NIBBLES>
@@ -637,7 +546,7 @@ constexpr decltype(&add_group<3, 4>) SHARING[] = {add_group<3, 4>, add_group<4, 
 extern "C" void awq_cpu(const float* x,         // [M, K]
                         const uint32_t* words,  // [ceil(N/8/LANES), K/G, G + 5, LANES]
                         float* y,               // [M, N]
-                        long M, long N, long K, long G, int threads) {
+                        int M, int N, int K, int G, int threads) {
   const long blocks = (N / 8 + LANES - 1) / LANES;
   std::vector<float> totals(M * (K / G));
   for (long group = 0; group < M * (K / G); group++) {
@@ -676,9 +585,26 @@ extern "C" void awq_cpu(const float* x,         // [M, K]
 """
 
 
+# --- both sources built and called ----------------------------------------------------------------
+# float(v) and T(v) of 16-bit numbers are written so, which torch's flags would forbid.
+CUDA_FLAGS = ["-O3", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
+
+
+@functools.cache
+def cuda_library():
+    """The CUDA source, built for the GPUs there are, kept on disk; None, with a warning"""
+    from torch.utils import cpp_extension  # slow to import, and only needed here
+    try:
+        return ctypes.CDLL(cpp_extension.load_inline(
+            "awq_cuda", "", CUDA, extra_cuda_cflags=CUDA_FLAGS, is_python_module=False,
+            no_implicit_headers=True))
+    except (OSError, RuntimeError, ImportError) as reason:
+        return no_library("CUDA", reason)
+
+
 @functools.cache
 def cpu_library():
-    """The C++ above, compiled on first use and kept on disk; None, with a warning, if that fails"""
+    """The C++ source, compiled on first use and kept on disk; None, with a warning"""
     flags = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mfma"]}.get(SIMD, [])
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC",
                f"-DLANES={LANES}", *flags, "-x", "c++", "-"]
@@ -689,27 +615,72 @@ def cpu_library():
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             built = path.with_suffix(f".{os.getpid()}")
-            subprocess.run([*command, "-o", str(built)], input=CPU, text=True, check=True,
+            subprocess.run([*command, "-o", built], input=CPU, text=True, check=True,
                            capture_output=True)
             built.replace(path)  # in one step: another process sees all of it or nothing
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as reason:
-        warnings.warn("AWQ's CPU kernel cannot be built, so a product dequantizes the weight and "
-                      f"multiplies: {reason} {getattr(reason, 'stderr', '')}")
-        return None
-    library.awq_cpu.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 4 + [ctypes.c_int]
-    return library
+        return no_library("CPU", f"{reason} {getattr(reason, 'stderr', '')}")
+
+
+def no_library(device, reason):
+    warnings.warn(f"AWQ's {device} kernel cannot be built, so a product dequantizes the weight and "
+                  f"multiplies: {reason}")
+
+
+def pointer(tensor, device):
+    """A tensor's address for a library, which reads it as contiguous and on the device"""
+    assert tensor.device == device and tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def launch(name, x, *arguments):
+    """Call a host function of CUDA for x's dtype, on its device and the current stream there"""
+    arguments = [pointer(a, x.device) if isinstance(a, Tensor) else a for a in arguments]
+    with torch.cuda.device(x.device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = getattr(cuda_library(), name)(DTYPES.index(x.dtype), *arguments, stream)
+    if error:
+        raise RuntimeError(f"{name}: CUDA error {error}")
+
+
+def teaching(x, qweight, qzeros, scales, bias=None):
+    """The teaching kernel on the checkpoint's tensors: x [M, K] float16 or bfloat16 -> [M, N]"""
+    (M, K), (groups, N) = x.shape, scales.shape
+    y, x = x.new_empty(M, N), x.contiguous()
+    launch("awq_teaching", x, x, qweight, qzeros, scales, bias, y, M, N, K, K // groups)
+    return y
+
+
+def cuda_product(x, words, bias, N, fused_max=FUSED_MAX_TOKENS):
+    """The fast kernels: x [M, K], words of cuda_tiles -> [M, N]"""
+    M, (rows, units, width) = len(x), words.shape
+    gpu, S = torch.cuda.get_device_properties(x.device), (width - 256) // 16
+    pad = 128 * units - x.shape[1]
+    assert words.dtype == torch.int32 and words.data_ptr() % 16 == 0
+    assert rows == -(-N // 64) * 4 and 0 <= pad < 128
+    x = F.pad(x, (0, pad)) if pad else x.contiguous()  # F.pad by nothing would copy
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if M > fused_max or x.dtype == torch.float32 or x.dtype == torch.bfloat16 and gpu.major < 8:
+        W_hat = x.new_empty(16 * rows, 128 * units)
+        launch("awq_dequantize", x, S, words, W_hat, rows, units)
+        return F.linear(x, W_hat[:N], bias)
+    x = x.clone() if x.data_ptr() % 16 else x  # a view at an address unfit for 16-byte loads
+    y, processors = x.new_empty(M, N), gpu.multi_processor_count
+    partial = x.new_empty(processors, 64 * 64, dtype=torch.float32)  # a block an SM, 4096 sums each
+    launch("awq_fused", x, S, x, words, bias, y, partial, M, N, units, processors)
+    return y
 
 
 def cpu_product(x, words, bias, N):
     """The C++ kernel, in float32, rounded once: x [M, K], words of cpu_rows -> [M, N]"""
     (M, K), (blocks, groups, rows, lanes) = x.shape, words.shape
-    x32, y = x.float().contiguous(), torch.empty(M, N, dtype=torch.float32, device="cpu")
-    assert x32.device == words.device == y.device and words.dtype == torch.int32
-    assert words.is_contiguous() and lanes == LANES and blocks == -(-N // 8 // lanes)
-    assert K == groups * (rows - 5)
-    cpu_library().awq_cpu(x32.data_ptr(), words.data_ptr(), y.data_ptr(), M, N, K, K // groups,
-                          torch.get_num_threads())
+    assert words.is_cpu and words.dtype == torch.int32 and lanes == LANES
+    assert blocks == -(-N // 8 // lanes) and K == groups * (rows - 5)
+    x32 = x.float().contiguous()
+    y = x32.new_empty(M, N)
+    cpu_library().awq_cpu(*[pointer(t, words.device) for t in (x32, words, y)], M, N, K,
+                          K // groups, torch.get_num_threads())
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
@@ -727,19 +698,13 @@ def product(x: Tensor, words: Tensor, qzeros: Tensor, scales: Tensor, bias: Tens
     return (cuda_product if words.dim() == 3 else cpu_product)(x, words, bias, N)
 
 
-def no_gradient(ctx, gradient):
-    raise RuntimeError("AWQLinear has no gradient, not even for its input: it is for inference")
-
-
-# Opaque to torch.compile: no graph break.
+# Opaque to torch.compile: no graph break. It has no gradient; torch says so where one is asked.
 product_op = torch.library.custom_op("awq::product", product, mutates_args=())
 product_op.register_fake(lambda x, words, qzeros, scales, *_: x.new_empty(x.shape[0],
                                                                           scales.shape[1]))
-product_op.register_autograd(no_gradient)
 
 
 # --- the layer ------------------------------------------------------------------------------------
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PREPARING = threading.Lock()
 
 
@@ -897,13 +862,13 @@ def timed(calls, device, repeats=50):
     times, run, inner = {name: [] for name in calls}, {}, 20 if device.type == "cuda" else 1
     for name, functions in calls.items():
         functions[0]()  # builds and warms up
-        run[name] = itertools.cycle(functions)
         if device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                for function in itertools.islice(run[name], inner):
+                for function in itertools.islice(itertools.cycle(functions), inner):
                     function()
-            run[name] = itertools.repeat(lambda g=graph: (g.replay(), torch.cuda.synchronize()))
+            functions = [lambda g=graph: (g.replay(), torch.cuda.synchronize())]
+        run[name] = itertools.cycle(functions)
     for _, name in itertools.product(range(repeats), calls):
         function, start = next(run[name]), time.perf_counter()
         function()
@@ -911,12 +876,12 @@ def timed(calls, device, repeats=50):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def tinygemm(packed, device, G=128):
+def tinygemm(qweight, qzeros, scales, G=128):
     """torch's own int4 product of the same weight, (q - 8) * scale + shift, as x -> y; bfloat16"""
-    q, scale = unpack(packed[0], 4, packed[2].shape[1]).T, packed[2].bfloat16()
-    shift = (8 - unpack(packed[1], 4, q.shape[0]).float()) * scale.float()
+    q, scale = unpack(qweight, 4, scales.shape[1]).T, scales.bfloat16()
+    shift = (8 - unpack(qzeros, 4, len(q)).float()) * scale.float()
     pairs = torch.stack([scale, shift.bfloat16()], -1).contiguous()
-    if device.type == "cpu":
+    if not q.is_cuda:
         words = torch._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1)
         return lambda x: torch._weight_int4pack_mm_for_cpu(x, words, G, pairs)
     words = torch._convert_weight_to_int4pack((q[:, 0::2] << 4 | q[:, 1::2]).contiguous(), 8)
@@ -928,26 +893,25 @@ def benchmark_shape(K, N, tokens, device):
     size = N * K // 2 + K // 128 * (2 * N + N // 2)  # bytes of words, scales and zeros
     cache = 2**26 if device.type == "cpu" else torch.cuda.get_device_properties(0).L2_cache_size
     weights = [random_weight(N, K, 128, device) for _ in range(1 + max(1, 2 * cache // size))]
-    dense = [dequantize(*w, dtype=torch.bfloat16) for w in weights]
-    layers, peers = [AWQLinear(*w) for w in weights], [tinygemm(w, device) for w in weights]
+    made = [(dequantize(*w, dtype=torch.bfloat16), tinygemm(*w), AWQLinear(*w)) for w in weights]
     rows = []
     for M in tokens:
         x = torch.randn(M, K, dtype=torch.bfloat16, device=device)  # all that tinygemm has
-        ways = [paths(x, *pair) for pair in zip(weights, layers)]
+        ways = [{"dense": functools.partial(F.linear, x, W_hat),
+                 "tinygemm": functools.partial(peer, x), **paths(x, weight, layer)}
+                for weight, (W_hat, peer, layer) in zip(weights, made)]
         error = relative_error(ways[0]["layer"](), x, weights[0])
         assert error <= ERROR_LIMIT[x.dtype], f"wrong results are not timed: {error}"
-        calls = {"dense": [functools.partial(F.linear, x, W_hat) for W_hat in dense],
-                 "tinygemm": [functools.partial(peer, x) for peer in peers],
-                 **{name: [way[name] for way in ways] for name in ways[0]
-                    if name not in ("reference", "teaching")}}  # both far slower
-        us = timed(calls, device)
+        us = timed({name: [way[name] for way in ways] for name in ways[0]
+                    if name not in ("reference", "teaching")}, device)  # both far slower
         rows.append({"K x N": f"{K} x {N}", "M": M, **us, "TB/s": size / us["layer"] / 1e6})
     return rows
 
 
-def decoder(model, positions):
+def decoder(model):
     """A function that decodes one token, batch 1; it never waits: a CUDA graph can hold it"""
     from transformers import StaticCache
+    positions = 1024 if model.device.type == "cuda" else 32  # attention reads all, filled or not
     cache = StaticCache(config=model.config, max_cache_len=positions)
     token, position = (torch.ones(1, 1, dtype=torch.long, device=model.device) for _ in range(2))
 
@@ -971,15 +935,15 @@ def benchmark_model(device, dtype, prefill=512, **config):
             weight = random_weight(linear.out_features, linear.in_features, 128, device)
             packed.model.layers.set_submodule(path, AWQLinear(*weight))
     models, text = {"dense": dense, "packed": packed}, torch.ones(1, prefill, device=device).long()
-    positions = 1024 if device.type == "cuda" else 32  # attention reads them all, filled or not
-    decode = timed({name: [decoder(model, positions)] for name, model in models.items()}, device,
-                   24)
-    read = timed({name: [functools.partial(model, text, use_cache=False)]
-                  for name, model in models.items()}, device, 3)
-    return [{"tokens/s": f"{task}, {str(dtype).removeprefix('torch.')}",
-             **{name: 1e6 * tokens / us[name] for name in models},
-             "ratio": us["dense"] / us["packed"]}
-            for task, tokens, us in (("decode", 1, decode), (f"prefill {prefill}", prefill, read))]
+    rows = []
+    for task, tokens, repeats, function in (
+            ("decode", 1, 24, decoder),
+            (f"prefill {prefill}", prefill, 3, lambda model: lambda: model(text, use_cache=False))):
+        us = timed({name: [function(model)] for name, model in models.items()}, device, repeats)
+        rows.append({"tokens/s": f"{task}, {str(dtype).removeprefix('torch.')}",
+                     **{name: 1e6 * tokens / us[name] for name in models},
+                     "ratio": us["dense"] / us["packed"]})
+    return rows
 
 
 def benchmarks(device):
@@ -1009,7 +973,7 @@ def main():
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{SIMD} CPU"
-    setup = (f"{datetime.date.today()}, {name}, {torch.get_num_threads()} threads, "
+    setup = (f"{time.strftime('%Y-%m-%d')}, {name}, {torch.get_num_threads()} threads, "
              f"torch {torch.__version__}, CUDA {torch.version.cuda}")
     cases, failures = check(device)
     report = {"setup": setup, "cases": cases, "failures": failures}

@@ -13,11 +13,10 @@ from pathlib import Path
 import kernel
 
 LIMITS = {4: 80, 8: 75, 16: 85, 32: 105, 64: 135}  # tokens: instructions
-INSTANCES = {(1, 1): 4, (1, 2): 8, (2, 2): 16, (4, 1): 32, (8, 1): 64}  # NT, R: tokens
-
-# What torch gives to nvcc: no conversion or operator of 16-bit numbers is implicit.
+# What torch gives to nvcc before kernel.CUDA_FLAGS.
 TORCH_FLAGS = [f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS",
                                                     "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")]
+INSTANCES = {(1, 1): 4, (1, 2): 8, (2, 2): 16, (4, 1): 32, (8, 1): 64}  # NT, R: tokens
 
 
 def tool(name):
@@ -30,8 +29,8 @@ def build(arch, folder):
     """Compile for one GPU: (what nvcc says of registers and spills, the machine code's path)"""
     source, cubin = Path(folder) / "kernel.cu", Path(folder) / "kernel.cubin"
     source.write_text(kernel.CUDA)
-    done = subprocess.run([tool("nvcc"), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v",
-                           *TORCH_FLAGS, "-cubin", "-o", cubin, source],
+    done = subprocess.run([tool("nvcc"), "-std=c++17", *TORCH_FLAGS, *kernel.CUDA_FLAGS,
+                           f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin, source],
                           check=True, capture_output=True, text=True)
     return done.stdout + done.stderr, cubin
 

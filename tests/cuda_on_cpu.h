@@ -32,10 +32,7 @@
 inline int mutation = 0;  // which of the errors that a test has written into the text to make
 extern "C" void cpu_mutate(int number) { mutation = number; }
 
-#define LAUNCH(kernel, grid, block, stream, ...) \
-  cpu::launch(grid, block, [=] { (kernel)(__VA_ARGS__); })
-
-using std::min;
+using std::max, std::min;
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -150,6 +147,11 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
 }
 }  // namespace cpu
 
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, int block, void*, A... arguments) {
+  cpu::launch(grid, block, [=] { kernel((P)arguments...); });
+}
+
 // What the sanitizer calls.
 extern "C" {
 #define ACCESS(size)                                                                          \
@@ -179,9 +181,20 @@ inline int cudaGetLastError() { return 0; }
 template <typename T> T __ldcs(const T* p) { return *p; }
 
 // --- 16-bit numbers ----------------------------------------------------------------------------
-struct __half { uint16_t bits; };
+struct Bits { uint16_t bits; };
+struct __half : Bits {
+  __half() = default;
+  __half(Bits bits) : Bits(bits) {}
+  explicit __half(float v);
+  explicit operator float() const;
+};
 struct __half2 { __half x, y; };
-struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat16 : Bits {
+  __nv_bfloat16() = default;
+  __nv_bfloat16(Bits bits) : Bits(bits) {}
+  explicit __nv_bfloat16(float v);
+  explicit operator float() const;
+};
 struct __nv_bfloat162 { __nv_bfloat16 x, y; };
 
 // v rounded to `digits` significant bits, ties to even; step: the smallest spacing there is.
@@ -191,7 +204,7 @@ inline double round_to(double v, int digits, double step) {
   return std::nearbyint(v / ulp) * ulp;
 }
 
-inline __half to_half(double v) {
+inline Bits to_half(double v) {
   const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
   v = round_to(std::fabs(v), 11, std::ldexp(1.0, -24));
   if (std::isnan(v)) return {0x7fff};
@@ -200,28 +213,28 @@ inline __half to_half(double v) {
   return {uint16_t(sign | (((e + 14) << 10) + (int)std::ldexp(v, 10 - e)))};
 }
 
-inline float __half2float(__half h) {
-  const int e = h.bits >> 10 & 31, f = h.bits & 1023;
+inline __half::__half(float v) : Bits(to_half(v)) {}
+inline __half::operator float() const {
+  const int e = bits >> 10 & 31, f = bits & 1023;
   const float v = e == 31 ? (f ? NAN : INFINITY)
                           : std::ldexp(f + (e ? 1024.f : 0.f), std::max(e, 1) - 25);
-  return h.bits >> 15 ? -v : v;
+  return bits >> 15 ? -v : v;
 }
 
 // A bfloat16 is the upper half of a float.
 union Float { float f; uint32_t u; };
-inline __nv_bfloat16 to_bfloat16(double v) {
+inline Bits to_bfloat16(double v) {
   const Float whole = {(float)round_to(v, 8, 0)};
   return {uint16_t(std::isnan(whole.f) ? 0x7fff : whole.u >> 16)};
 }
-inline float __bfloat162float(__nv_bfloat16 b) { return Float{.u = (uint32_t)b.bits << 16}.f; }
+inline __nv_bfloat16::__nv_bfloat16(float v) : Bits(to_bfloat16(v)) {}
+inline __nv_bfloat16::operator float() const { return Float{.u = (uint32_t)bits << 16}.f; }
 
-inline __half __float2half_rn(float v) { return to_half(v); }
 inline __half2 __float2half2_rn(float v) { return {to_half(v), to_half(v)}; }
-inline __nv_bfloat16 __float2bfloat16_rn(float v) { return to_bfloat16(v); }
 
 // Computed in double, where a product or sum of 16-bit numbers is exact, and rounded once.
 inline __half fma16(__half a, __half b, __half c) {
-  return to_half((double)__half2float(a) * __half2float(b) + __half2float(c));
+  return to_half((double)float(a) * float(b) + float(c));
 }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return {fma16(a.x, b.x, c.x), fma16(a.y, b.y, c.y)};
@@ -229,18 +242,21 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
 inline __half2 __hmul2(__half2 a, __half2 b) { return __hfma2(a, b, __float2half2_rn(-0.f)); }
 inline __half2 __hsub2(__half2 a, __half2 b) { return __hfma2(b, __float2half2_rn(-1), a); }
 inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
-  return {to_bfloat16((double)__bfloat162float(a.x) - __bfloat162float(b.x)),
-          to_bfloat16((double)__bfloat162float(a.y) - __bfloat162float(b.y))};
+  return {to_bfloat16((double)float(a.x) - float(b.x)),
+          to_bfloat16((double)float(a.y) - float(b.y))};
 }
 
-template <unsigned MASK> unsigned and_or(unsigned v, unsigned magic) { return (v & MASK) | magic; }
+template <typename Pair, unsigned MASK> Pair and_or(unsigned v, unsigned magic) {
+  const unsigned result = (v & MASK) | magic;
+  return *(const Pair*)&result;
+}
 
 // --- mma.sync.m16n8k16, from the fragment tables of the PTX manual -----------------------------
-inline float to_number(uint16_t bits, __half) { return __half2float({bits}); }
-inline float to_number(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
-
 template <typename T>
-void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) {
+void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  auto number = [](unsigned pair, int k) -> double {
+    return float(T(Bits{uint16_t(pair >> k % 2 * 16)}));
+  };
   cpu::Fibre& me = *cpu::self;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   std::copy(a, a + 4, me.a);
@@ -254,8 +270,7 @@ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) {
     for (int k = 0; k < 16; k++) {
       const auto& left = *warp[row % 8 * 4 + k % 8 / 2];
       const auto& right = *warp[column * 4 + k % 8 / 2];
-      exact += (double)to_number(left.a[k / 8 * 2 + row / 8] >> k % 2 * 16, T{}) *
-               to_number(right.b[k / 8] >> k % 2 * 16, T{});
+      exact += number(left.a[k / 8 * 2 + row / 8], k) * number(right.b[k / 8], k);
     }
     sum[i] = (float)exact;
   }
