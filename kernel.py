@@ -17,7 +17,8 @@ the two halves of a register, and `| 0x6400` makes of an integer q the half 1024
 
 Top to bottom: unpack -> dequantize and the product in PyTorch -> the CUDA source (a teaching kernel
 of 30 lines, the fast one, a dequantizer) -> the C++ kernel for CPUs -> the operator that picks one
--> AWQLinear -> check and benchmark.
+-> AWQLinear -> check and benchmark. What a device needs is compiled when it is first used: with nvcc
+and ninja (load_inline), or with c++.
 
     python kernel.py           check and time the GPU; without one, check the CPU
     python kernel.py --cpu     check and time the CPU: tokens a second, dense against packed

@@ -93,3 +93,24 @@ class Toy(nn.Module):
 @pytest.fixture
 def tokens():
     return torch.randint(0, 96, (8, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(ROOT / "tinylm")
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer, tmp_path_factory):
+    """A small full-precision LLaMA with a tokenizer and text, as a user would have it on disk."""
+    path = tmp_path_factory.mktemp("model") / "small"
+    model = llama(layers=1, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                  num_attention_heads=2)
+    model.generation_config.update(do_sample=True, top_p=0.9)
+    model.save_pretrained(path)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(path)
+    (path / "calib.txt").write_text("".join(f"The value of item {i} is {i * 7 % 31}.\n"
+                                            for i in range(400)))
+    return path

@@ -18,21 +18,6 @@ from awq import AutoAWQForCausalLM
 IDS = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(0))
 CODE = "for i in range(10):\n    print(i, i * i)\n" * 200
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A full-precision model with a tokenizer, as a user would have it on disk."""
-    path = tmp_path_factory.mktemp("model") / "small"
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tinylm")
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    model = llama(vocab_size=len(tokenizer), layers=1)
-    model.generation_config.update(do_sample=True, top_p=0.9)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    (path / "calib.txt").write_text(CODE)
-    return path
-
-
 # ---- AutoAWQ's class -----------------------------------------------------------------------------
 
 

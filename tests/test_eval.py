@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, llama
+from conftest import llama
 from conftest import small as small_model
 
 import awq
@@ -14,18 +14,12 @@ import eval as evaluation
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
+def small(folder):
     """Options that make eval.py quick: a random LLaMA of hidden size 32, tinylm's tokenizer."""
-    folder = tmp_path_factory.mktemp("small")
-    tokenizer = awq.load_tokenizer(str(ROOT / "tinylm"))
-    llama(layers=1, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-          num_attention_heads=2, num_key_value_heads=2).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    text = folder / "text.txt"
-    text.write_text("\n".join(f"The value of item {i} is {i * 7 % 31}." for i in range(400)))
-    return ["--model", str(folder / "model"), "--data", str(text), "--calib", str(text),
-            "--group-size", "32", "--window", "32", "--windows", "4", "--seq-len", "16",
-            "--samples", "4", "--device", "cpu"]
+    text = str(folder / "calib.txt")
+    return ["--model", str(folder), "--data", text, "--calib", text, "--group-size", "32",
+            "--window", "32", "--windows", "4", "--seq-len", "16", "--samples", "4",
+            "--device", "cpu"]
 
 
 @pytest.fixture

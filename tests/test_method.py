@@ -174,7 +174,10 @@ def test_loss_is_eq_4(seed, bits, alpha):
 @given(SEEDS, st.sampled_from([2, 3, 4]), st.booleans(), st.booleans())
 @settings(max_examples=16)
 def test_search_is_never_worse_than_rtn(seed, bits, clip, scale):
-    """Its loss is that of what it returns, in float64, summed over the layers that share s."""
+    """Its loss is that of what it returns, in float64, summed over the layers that share s.
+
+    And clipping, searched with s, makes no group worse, measured after division by s.
+    """
     W, X = layer(seed)
     C, s_X, weights = X.T @ X / len(X), X.abs().mean(0), [W[:8], W[8:]]
     found, rtn, curve = awq.search_scale(weights, C, s_X, awq.Settings(bits, 32, clip, scale))
@@ -187,6 +190,9 @@ def test_search_is_never_worse_than_rtn(seed, bits, clip, scale):
     assert found.loss == pytest.approx(error.square().sum().item() / len(X), rel=1e-3)
     if found.alpha:
         assert torch.equal(found.s, awq.channel_scale(s_X, found.alpha))
+    for W_i, keep in zip(weights, found.keeps):
+        kept, whole = (group_losses(W_i, C, found.s, part, bits) for part in (keep, (1, 1)))
+        assert (kept <= whole * (1 + 1e-5)).all()
 
 
 def test_clipping_that_helps_each_group_and_hurts_their_sum_is_not_taken():
@@ -209,9 +215,9 @@ def test_search_finds_the_salient_channel():
     assert found.alpha > 0 and found.s.argmax() == 7 and found.loss < 0.5 * rtn.loss
 
 
-def group_losses(W, C, s, keep):
+def group_losses(W, C, s, keep, bits=3):
     """e C_gg e^T of each row's groups of 32, e = (W s - Q(W s)) / s, in float64. [N, K/32]"""
-    e = ((Q(W * s, 3, 32, keep) - W * s).double() / s.double()).view(len(W), -1, 32)
+    e = ((Q(W * s, bits, 32, keep) - W * s).double() / s.double()).view(len(W), -1, 32)
     blocks = [C.double()[g:g + 32, g:g + 32] for g in range(0, len(C), 32)]
     return torch.stack([((e[:, g] @ C_gg) * e[:, g]).sum(-1) for g, C_gg in enumerate(blocks)], 1)
 
@@ -221,8 +227,9 @@ def test_keep_is_the_best_of_its_list_for_every_group(scaled):
     """Both ends alike, then the lower, then the upper: a loop over group and part in float64.
 
     For W diag(s) the groups are judged by C / (s s^T): by what e diag(1/s) does to the outputs.
+    300 rows: more than are searched at a time.
     """
-    W, X = layer(5)
+    W, X = layer(5, N=300)
     s = awq.channel_scale(X.abs().mean(0), 0.7 * scaled)
     C, ones = X.T @ X / len(X), torch.ones(2, len(W), 2)
     C_s = C / (s[:, None] * s)
@@ -240,25 +247,6 @@ def test_keep_is_the_best_of_its_list_for_every_group(scaled):
     assert (upper[0] != both[0]).any() and (upper[1] != both[1]).any()
 
 
-def test_clipping_does_not_depend_on_how_many_rows_fit_the_cache():
-    W, X = layer(6, N=4100)
-    C, keep = X.T @ X / len(X), torch.ones(2, 4100, 2)
-    whole = awq.search_clipping(W, C, 3, 32, awq.COARSE, keep)
-    parts = [awq.search_clipping(W_r, C, 3, 32, awq.COARSE, keep[:, :len(W_r)])
-             for W_r in W.split(820)]
-    assert (torch.cat(parts, 1) == whole).float().mean() > 0.999          # but for ties
-
-
-def test_scales_searched_with_clipping_are_judged_by_the_unscaled_outputs():
-    """No group of the result is worse than unclipped, measured after division by s."""
-    W, X = layer(1)
-    found, _, _ = search(W, X, 3)
-    assert found.alpha > 0
-    kept, whole = (group_losses(W, X.T @ X / len(X), found.s, keep)
-                   for keep in (found.keeps[0], (1, 1)))
-    assert (kept <= whole * (1 + 1e-5)).all()
-
-
 @given(SEEDS, st.floats(0, 1))
 def test_channel_scale_is_a_power_of_the_score(seed, alpha):
     """s_X^alpha times what makes max(s) min(s) = 1; dead channels count as 1e-4 of the top."""
@@ -268,12 +256,4 @@ def test_channel_scale_is_a_power_of_the_score(seed, alpha):
     floored = s_X.double().clamp(min=s_X.max().item() * 1e-4)
     assert math.isclose(s.max() * s.min(), 1, rel_tol=1e-4)
     assert torch.allclose(s / s[0], (floored / floored[0]) ** alpha, rtol=1e-4)
-
-
-def test_dead_channels_and_silent_layers_have_finite_scales():
-    W, X = layer(2)
-    X[:, :5] = 0
-    found, _, curve = search(W, X)
-    assert found.alpha > 0 and all(math.isfinite(loss) for _, loss in curve)
-    silent, _, _ = search(W, 0 * X)
-    assert silent.loss == 0 and torch.equal(silent.s, torch.ones(64))
+    assert torch.equal(awq.channel_scale(0 * s_X, alpha), torch.ones(32))       # a silent layer
