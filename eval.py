@@ -161,7 +161,9 @@ PUBLISHED = {
 
 def published(setup, method, bits, group_size):
     """The paper's perplexity for a row of the table, or None if its protocol is another one."""
-    if (setup["data"], setup["window"]) != ("wikitext", 2048) or bits != 16 and group_size != 128:
+    if (setup["data"], setup["window"], setup["whole"]) != ("wikitext", 2048, True):
+        return None
+    if bits != 16 and group_size != 128:
         return None
     name = re.sub(r"-hf$", "", setup["model"].rstrip("/").split("/")[-1].lower())
     return dict(zip(PAPER_COLUMNS, PUBLISHED.get(name, ()))).get((method, bits))
@@ -266,6 +268,7 @@ def open_bench(args):
         model, windows[:max(1, COMPARED // window)])]
     setup = {"model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
              "data": args.data, "windows": len(windows), "window": window,
+             "whole": args.windows is None,
              "bytes_per_token": len(text.encode()) / windows.numel(), "calib": args.calib,
              "samples": len(tokens), "seq_len": tokens.shape[1], "seed": args.seed,
              "device": describe_device(args.device), "python": platform.python_version(),
