@@ -1,4 +1,4 @@
-"""AWQ: Activation-aware Weight Quantization (Lin et al., arXiv 2306.00978), in one file.
+"""AWQ: Activation-aware Weight Quantization (Lin et al., arXiv 2306.00978).
 
 Rounding a weight w of a group with step delta makes an error of about delta / 4, whatever w is, and
 the output an error of delta / 4 times the activation x. AWQ multiplies the input channels of W that
@@ -26,7 +26,7 @@ far to go is searched, with X in rows, so that Y = X W^T:
     q           Round(.)     [N, K] integers in [0, 2^bits - 1]                        Eq. 1
     W_hat, Q    Q(w)         [N, K] what they stand for, (q - zero) delta              Eq. 1
     G           -            channels of a row that share a step and a zero point (128 there)
-    C           -            [K, K] Gram matrix X^T X / T (GPTQ's Hessian; here only read)
+    C           -            [K, K] Gram matrix X^T X / T (half of GPTQ's Hessian)
     keep        -            [2, N, K/G] clipping: the part kept of a group's lower, upper end
 
 L(s) needs no activations once C is known: with E = Q(W diag(s)) diag(1/s) - W,
@@ -35,9 +35,9 @@ L(s) needs no activations once C is known: with E = Q(W diag(s)) diag(1/s) - W,
 
 so a candidate costs N K K multiply-adds whatever the number of tokens, and uses every token.
 
-What this file does not do: train or move weights, quantize activations, embeddings or lm_head, or
-keep a table of architectures. To read it: the method, up to the line that marks its end, needs
-torch alone and can be pasted; then quantize_model and, upwards from it, what it calls.
+The method trains nothing and moves no weight; activations, embeddings and lm_head stay as they are,
+and there is no table of architectures. To read this file: the method, up to the line that marks its
+end, needs torch alone and can be pasted; then quantize_model and, upwards from it, what it calls.
 """
 from typing import NamedTuple
 
@@ -129,17 +129,13 @@ def pack(q, bits=4):
     Nibble i (bits 4i..4i+3) of word c holds column 8 c + NIBBLE_ORDER[i]. 2, 3 and 8 bits, which
     that format does not have: 32 values in `bits` words, a little-endian stream, zeros appended.
     """
+    if bits != 4:
+        q = torch.nn.functional.pad(q, (0, -q.shape[1] % 32))
+    values = q.long().unflatten(1, (-1, 8))                         # [R, N/8, 8]: `bits` bytes
     if bits == 4:
-        nibbles = q.unflatten(1, (-1, 8))[..., NIBBLE_ORDER].int()          # [R, N/8, 8]
-        places = torch.arange(0, 32, 4, dtype=torch.int32, device=q.device)
-        return (nibbles << places).sum(-1, dtype=torch.int32)
-    values = torch.nn.functional.pad(q.long(), (0, -q.shape[1] % 32)).unflatten(1, (-1, 32))
-    words = values.new_zeros(len(q), values.shape[1], bits + 1)             # one to run over into
-    for i in range(32):
-        word, place = divmod(i * bits, 32)
-        words[..., word] |= values[..., i] << place & 0xffffffff
-        words[..., word + 1] |= values[..., i] << place >> 32
-    return words[..., :bits].flatten(1).int()       # keeps the lower 32 bits
+        values = values[..., NIBBLE_ORDER]
+    octets = (values << bits * torch.arange(8, device=q.device)).sum(-1, keepdim=True)
+    return octets.view(torch.uint8)[..., :bits].flatten(1).contiguous().view(torch.int32)
 
 
 # ---- What the search needs to know of X ----------------------------------------------------------
@@ -264,16 +260,17 @@ def search_scale(weights, C, s_X, how):
         total = sum(loss(W, C, s, bits, G, keep) for W, keep in zip(weights, keeps))
         return Scaling(total, alpha, s, keeps)
 
-    rtn = tried(0.0, torch.ones_like(s_X), whole)
+    best = rtn = tried(0.0, torch.ones_like(s_X), whole)
     alphas = [i / 20 for i in range(21)] if how.scale else [0.0]
-    best, curve = None, []
+    curve = []
     for alpha in alphas:
         choice = tried(alpha, channel_scale(s_X, alpha), whole, COARSE if how.clip else ())
-        best = min(best or choice, choice, key=lambda choice: choice.loss)
+        best = min(best, choice, key=lambda choice: choice.loss)
         curve.append((alpha, choice.loss))
     if how.clip:    # then each end on its own and finer, which costs too much for every alpha
-        best = min(best, tried(best.alpha, best.s, best.keeps, FINE), key=lambda c: c.loss)
-    return min(rtn, best, key=lambda choice: choice.loss), rtn, curve
+        finer = tried(best.alpha, best.s, best.keeps, FINE)
+        best = min(best, finer, key=lambda choice: choice.loss)
+    return best, rtn, curve
 
 
 # ==== Here the method ends: all above needs torch alone. What follows makes a product of it. ======
@@ -305,10 +302,11 @@ class Work(NamedTuple):
 
     block: nn.Module
     path: str                           # the block's name in the model
-    few_call: blocks.Call               # its arguments on a few tokens, and any hidden states of
-    few_hidden: torch.Tensor            # that size (the first block's), to check every fold on
+    few_call: blocks.Call               # its arguments on a few tokens, to check every fold on
+    few_hidden: torch.Tensor            # hidden states of that size: those of the first block
     tokens: int                         # of the calibration set
-    full: list | None = None            # for tuning: what full-precision blocks make of that text
+    full: list | None = None            # for tuning: the hidden states in full precision, of which
+                                        # every block makes, in place, those of the next
 
 
 def quantize_group(work, group, statistics, how):
@@ -319,9 +317,11 @@ def quantize_group(work, group, statistics, how):
     # 1. The weights that share the input, and what is known of it.
     names = [f"{work.path}.{name}" for name in group.layers]
     weights = [work.block.get_submodule(name).weight for name in group.layers]
-    K, reason = weights[0].shape[1], group.reason if how.scale else "scale is False"
+    K = weights[0].shape[1]
+    reason = group.reason if how.scale else "scale is False"
     how = how._replace(scale=bool(group.fold) and how.scale)
-    if statistics.tokens < min(group_length(K, how.bits, how.group_size), work.tokens):
+    too_few = statistics.tokens < min(group_length(K, how.bits, how.group_size), work.tokens)
+    if too_few:
         reason = (f"{statistics.tokens} of {work.tokens} calibration tokens: too few, plain "
                   "rounding")
         s_X = torch.zeros(K, dtype=torch.float32, device=weights[0].device)
@@ -363,7 +363,7 @@ def round_together(weights, integers, C, tokens, how):
     delta, zero = (torch.cat(part) for part in list(zip(*integers))[1:])
     q, delta, zero = how.rounding(torch.cat(weights), delta, zero, how.bits, C)
     if not (q.dtype == zero.dtype == torch.uint8 and q.shape == (sum(rows), len(C))
-            and delta.isfinite().all() and max(q.max(), zero.max()) < 2 ** how.bits):
+            and delta.isfinite().all() and max(q.max().item(), zero.max().item()) < 2 ** how.bits):
         raise ValueError(f"rounding {how.rounding} gave q {q.dtype} {tuple(q.shape)}: it must give "
                          "q and zero as uint8 below 2^bits, and finite steps delta")
     return list(zip(q.split(rows), delta.split(rows), zero.split(rows)))
@@ -430,36 +430,6 @@ def collect_statistics(block, groups, calls, hidden):
     return statistics, outputs
 
 
-def ranks():
-    """(rank, number of ranks) of torch.distributed; (0, 1) in a process of its own."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def my_share(tokens):
-    """The slice of the samples that is this rank's."""
-    rank, count = ranks()
-    return tokens[len(tokens) * rank // count:len(tokens) * (rank + 1) // count]
-
-
-def add_over_ranks(statistics, weight):
-    """The statistics of all ranks' samples, the same bits on each; ConnectionError."""
-    K = weight.shape[1]
-    flat = torch.zeros(K * K + K + 1, dtype=torch.float32, device=weight.device)
-    square_sum, absolute_sum, tokens = flat[:K * K].view(K, K), flat[K * K:-1], flat[-1]
-    square_sum += statistics.square_sum         # 0 where no token reached the layer on this rank
-    absolute_sum += statistics.absolute_sum
-    tokens += statistics.tokens
-    try:
-        dist.all_reduce(flat)
-    except RuntimeError as error:
-        raise ConnectionError(f"rank {ranks()[0]} of {ranks()[1]}: another rank died or did not "
-                              f"answer in time ({error})") from error
-    statistics.square_sum, statistics.absolute_sum = square_sum, absolute_sum
-    statistics.tokens = int(tokens)
-
-
 def quantize_block(work, groups, calls, hidden, how, clock):
     """(lines of the report, in the order the groups run; what the next block is given) of a block.
 
@@ -521,6 +491,39 @@ def pack_block(block, integers, bits):
         block.set_submodule(name, AWQLinear(pack(q.T, bits), pack(zero.T, bits),
                                             delta.T.contiguous(),
                                             None if bias is None else bias.data, bits))
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+
+def ranks():
+    """(rank, number of ranks) of torch.distributed; (0, 1) in a process of its own."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def my_share(tokens):
+    """The slice of the samples that is this rank's."""
+    rank, count = ranks()
+    return tokens[len(tokens) * rank // count:len(tokens) * (rank + 1) // count]
+
+
+def add_over_ranks(statistics, weight):
+    """The statistics of all ranks' samples, the same bits on each; ConnectionError."""
+    K = weight.shape[1]
+    flat = torch.zeros(K * K + K + 1, dtype=torch.float32, device=weight.device)
+    square_sum, absolute_sum, tokens = flat[:K * K].view(K, K), flat[K * K:-1], flat[-1]
+    square_sum += statistics.square_sum         # 0 where no token reached the layer on this rank
+    absolute_sum += statistics.absolute_sum
+    tokens += statistics.tokens
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        raise ConnectionError(f"rank {ranks()[0]} of {ranks()[1]}: another rank died or did not "
+                              f"answer in time ({error})") from error
+    statistics.square_sum, statistics.absolute_sum = square_sum, absolute_sum
+    statistics.tokens = int(tokens)
 
 
 # ---- A model -------------------------------------------------------------------------------------
@@ -685,7 +688,7 @@ def round_model(model, bits=4, group_size=128):
     """
     check_plain(model)
     clock, how = Stopwatch(model.device), Settings(bits, group_size)
-    tokens = torch.zeros(2, sequence_length(model, default=31), dtype=torch.int64)
+    tokens = torch.arange(sequence_length(model, default=31)).clamp(max=1)[None]
     check_arguments(model, tokens, how)
     with blocks.put_back_if_refused(model):
         plan = blocks.plan_model(model.eval(), tokens, lambda layer: misfit(layer, how))
@@ -828,7 +831,7 @@ class AutoAWQForCausalLM:
         fewer. tokenizer: the model's own unless given.
         """
         options = {RENAMED.get(name, name): value for name, value in without_ignored(
-            {**(quant_config or {}), **options}, IN_QUANTIZE).items()}
+            {**(quant_config or {}), **options}, IN_QUANTIZE).items() if value is not None}
         unknown = sorted(options.keys() - set(OPTIONS))
         if unknown:
             raise ValueError(f"quantize has no options {unknown}: it has {', '.join(OPTIONS)}")

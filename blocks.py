@@ -163,7 +163,7 @@ def record(model, blocks, tokens, device=None):
     Every block runs on `device` if given, and goes back. ValueError if a block does not run, or
     runs twice.
     """
-    calls, made = {}, []
+    calls, made, device = {}, [], device or model.device
 
     def before(block, args, kwargs):
         if block in calls:
@@ -181,7 +181,6 @@ def record(model, blocks, tokens, device=None):
         del made[:-1]
         return tree_map_only(torch.Tensor, lambda x: x.to(model.device), output)
 
-    device = device or model.device
     with ExitStack() as hooks:
         for block in blocks:
             hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
@@ -200,7 +199,7 @@ def record(model, blocks, tokens, device=None):
 def check_replay(blocks, calls, hidden, expected):
     """ValueError unless replaying all blocks makes the hidden states that the model itself made.
 
-    Where the hidden states are, and the arguments of the calls.
+    On the device of the hidden states and of the calls.
     """
     for index, (block, call) in enumerate(zip(blocks, calls)):
         with moved(block, hidden.device):
@@ -310,7 +309,10 @@ def probe_copy(block):
 
 
 class Probe(TorchFunctionMode):
-    """A copy of a block, which has run on random hidden states until every Linear was reached."""
+    """A copy of a block, which has run on random hidden states until every Linear was reached.
+
+    In every turn on others, and with the choice of experts moved on: see turn_experts.
+    """
 
     def __init__(self, block, call, hidden):
         super().__init__()
@@ -387,10 +389,10 @@ class Probe(TorchFunctionMode):
 # ---- Candidates and their proof ------------------------------------------------------------------
 
 
-def folds_are_exact(probe, folds, readers):
+def folds_are_exact(probe, folds, multiplied):
     """Prove folds: scale by 1/1024, 1 or 1024, which is exact, and compare to the last bit.
 
-    folds: one, or one for each of several experts; readers: names of what is multiplied, for each.
+    folds: one, or one for each of several experts; multiplied: names of their readers, for each.
     True if what the block makes changes when only the producers are divided, and is bitwise the
     first again when the columns of their readers are multiplied. A residual that also reads the
     norm fails here, and so does a GELU on the way, or a clamp, at which 1024 arrives. The block is
@@ -412,9 +414,9 @@ def folds_are_exact(probe, folds, readers):
     expected = {turn: probe.run(turn) for turn in probe.hidden}
     scale(divide_output, folds, 1)
     has_effect = not unchanged()
-    scale(multiply_inputs, readers, 1)
+    scale(multiply_inputs, multiplied, 1)
     exact = has_effect and unchanged()
-    scale(multiply_inputs, readers, -1)
+    scale(multiply_inputs, multiplied, -1)
     scale(divide_output, folds, -1)
     return exact
 
@@ -452,9 +454,12 @@ def trace_rows(probe, producer, layer, first, count):
 
     def first_input(factor):
         seen = []
-        with layer.register_forward_pre_hook(
-                lambda _, args: seen.extend(args[0].reshape(-1, args[0].shape[-1]))), \
-                producer.register_forward_hook(lambda _, args, output: output * factor):
+        with ExitStack() as hooks:
+            hooks.enter_context(layer.register_forward_pre_hook(
+                lambda _, args, kwargs: seen.extend((*args, *kwargs.values())[0].flatten(0, -2)),
+                with_kwargs=True))
+            hooks.enter_context(producer.register_forward_hook(
+                lambda _, args, output: output * factor))
             for turn in probe.hidden:
                 probe.run(turn)
         # [K]; a factor before a router may keep all tokens from an expert
@@ -478,7 +483,7 @@ def candidate_folds(probe, earlier, layer):
                 yield Fold(name, torch.arange(K))
                 yield Fold(name, torch.arange(K), power=0.5)
                 continue
-            for first, count in [(0, R)] + [(R - K, K), (0, K)] * (R > K):  # all, the last, first K
+            for first, count in [(0, R)] + [(R - K, K), (0, K)] * (R > K):  # v in a fused qkv, up
                 rows = trace_rows(probe, name, layer, first, count)
                 if rows is not None:
                     yield Fold(name, rows)
@@ -499,7 +504,7 @@ class Plan(NamedTuple):
     groups: list            # [[Group, ...] of each block], in the order they run
     skipped: dict           # {full name of a Linear that stays: reason}
     calls: list             # [Call of each block] on a few tokens,
-    hidden: torch.Tensor    # which go into the first as these hidden states [1, length, H]
+    hidden: torch.Tensor    # [1, length, H], the first block's hidden states of these tokens
 
 
 @torch.no_grad()
@@ -507,11 +512,11 @@ def plan_model(model, tokens, fits):
     """The Plan of a model: every block's structure is planned once. ValueError if nothing fits."""
     conv1d_to_linear(model)
     prefix, blocks = find_blocks(model)
-    few = tokens[:2, :31]       # 31: odd, as no layer's width is, for routers to be told
-    calls, expected = record(model, blocks, few[:1])
-    hidden = first_hidden(model, blocks, few[:1])
+    few = tokens[:1, :31]       # no layer has 31 outputs: no choice among tokens looks a router's
+    calls, expected = record(model, blocks, few)
+    hidden = first_hidden(model, blocks, few)
     check_replay(blocks, calls, hidden, expected)
-    others, _ = record(model, blocks, few[-1:])
+    others, _ = record(model, blocks, tokens[-1:, :31].flip(1))     # all may begin alike
     if not all(map(same_arguments, calls, others)):
         raise ValueError(f"{type(model).__name__} gives its blocks arguments that depend on the "
                          "text, not only on its length: not supported")
@@ -558,22 +563,24 @@ def plan_block(block, call, hidden, fits, shared=frozenset()):
 
 def plan_folds(probe, family, shared):
     """The groups of a family, all with the same fold, the first that is proven, or with none."""
-    readers, tried = [group.layers + group.kept for group in family], []
-    K = probe.block.get_submodule(readers[0][0]).weight.shape[1]
-    for name in (name for group in family for name in group.kept):
+    multiplied, tried = [group.layers + group.kept for group in family], []
+    K = probe.block.get_submodule(multiplied[0][0]).weight.shape[1]
+    for name in sum((group.kept for group in family), ()):
         if name in shared | probe.twice or probe.block.get_submodule(name).weight.shape[1] != K:
             reason = f"{name} reads the same tensor and is left alone"
             return [group._replace(reason=reason) for group in family]
     order = list(probe.rows)
-    earlier = order[:min(map(order.index, readers[0]))][::-1]       # nearest first
-    for fold in candidate_folds(probe, earlier, readers[0][0]):
-        producers = [counterpart(fold.producer, readers[0][0], names[0]) for names in readers]
+    earlier = order[:min(map(order.index, multiplied[0]))][::-1]       # nearest first
+    for fold in candidate_folds(probe, earlier, multiplied[0][0]):
+        producers = [counterpart(fold.producer, multiplied[0][0], names[0]) for names in multiplied]
         if len(set(producers)) == len(family) and shared.isdisjoint(producers) and \
                 probe.rows.keys() >= set(producers):
             folds = [fold._replace(producer=name) for name in producers]
-            if folds_are_exact(probe, folds, readers):
+            if folds_are_exact(probe, folds, multiplied):
                 return [group._replace(fold=fold) for group, fold in zip(family, folds)]
             tried.append(fold.producer)
+    if len(family) > 1 and not tried:       # numbered alike, but no experts
+        return [group for one in family for group in plan_folds(probe, [one], shared)]
     names = ", ".join(dict.fromkeys(tried)) or "no norm or Linear of this width runs before"
     return [group._replace(reason="no producer whose scaling leaves the block's output unchanged; "
                            f"tried: {names}") for group in family]
@@ -614,7 +621,8 @@ def reasons_to_stay(probe, readers, shared, fits):
 # ---- Fused experts -------------------------------------------------------------------------------
 
 # transformers 5 keeps the weights of all experts of a block in 3-D parameters. Its decorator
-# use_experts_implementation leaves on the module how they lie, and runs what its config names:
+# use_experts_implementation leaves on the module how they lie, and runs the function that the
+# module's config names:
 FLAGS = ("config", "num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
@@ -688,6 +696,7 @@ def projection_names(model, name):
 
     fused = model.get_submodule(name)
     names = ["gate_proj", "up_proj", "down_proj"][not fused.has_gate:]
+    # [experts, projections, 1]; projection i of expert 0 has the number i
     numbers = torch.arange(len(names) * fused.num_experts, device="cpu").view(-1, len(names), 1)
     saved = revert_weight_conversion(model, {
         f"{name}.gate_up_proj" if fused.has_gate else f"{name}.up_proj": numbers[:, :-1].clone(),
@@ -736,7 +745,7 @@ def unfuse_experts(model, prefix, fits):
     size, reasons, known = sum(p.numel() for p in model.parameters()), {}, experts_of(model)
     for name, module in list(model.named_modules()):
         if name.startswith(prefix + ".") and stack_size(module):
-            reason = (why_fused(model, name, fits) if name in known else
+            reason = (unfuse_or_why(model, name, fits) if name in known else
                       "3-D parameters of a kind that is not known")
             if reason:
                 reasons[name] = (f"{stack_size(module) / size:.0%} of the model in full precision: "
@@ -744,7 +753,7 @@ def unfuse_experts(model, prefix, fits):
     return reasons
 
 
-def why_fused(model, name, fits):
+def unfuse_or_why(model, name, fits):
     """Unfuse one module, or the reason why not."""
     fused = model.get_submodule(name)
     reason = next(filter(None, map(fits, expert_linears(fused, 0))), "")

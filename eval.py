@@ -139,8 +139,9 @@ METHODS = {     # GPTQ and its like calibrate on quantized inputs, as GPTQ's own
     "smoothquant": Method("SmoothQuant W8A8", bits=8, smooth=True, activation_bits=8),
 }
 
-# WikiText-2 perplexity, windows of 2048, group size 128: arXiv 2306.00978v1, Table 4 (LLaMA) and
-# Table 3 (OPT; "kept": 1 % of the channels in FP16, "twice": 1 % of them times s = 2).
+# WikiText-2 perplexity, windows of 2048, group size 128: arXiv 2306.00978 in a version that has
+# Llama-2, Table 4 (LLaMA) and Table 3 (OPT; "kept": 1 % of the channels in FP16, "twice": 1 % of
+# them times s = 2).
 PAPER_COLUMNS = (("fp", 16), ("rtn", 3), ("gptq", 3), ("awq", 3), ("rtn", 4), ("gptq", 4),
                  ("awq", 4), ("kept", 3), ("twice", 3))
 PUBLISHED = {

@@ -15,10 +15,11 @@ The checkpoint ("GEMM" format) keeps eight columns n in an int32 word, in a curi
 The order makes sense inside a GPU: (word >> 4 i) & 0x000f000f leaves two neighbouring columns in
 the two halves of a register, and `| 0x6400` makes of an integer q the half 1024 + q.
 
-Top to bottom: unpack -> dequantize and the product in PyTorch -> the CUDA source (a teaching kernel
-of 30 lines, the fast one, a dequantizer) -> the C++ kernel for CPUs -> the operator that picks one
--> AWQLinear -> check and benchmark. What a device needs is compiled when it is first used: with nvcc
-and ninja (load_inline), or with c++.
+Top to bottom: unpack -> dequantize and the product in PyTorch -> the words rearranged for a device
+-> the CUDA source (a teaching kernel of 30 lines, the fast one, a dequantizer) -> the C++ kernel
+for CPUs -> both built and called -> the operator that picks one -> AWQLinear -> check and
+benchmark. A scale here is awq.py's delta, z its zero; AWQ's own s has been folded away before.
+What a device needs is compiled when it is first used: with nvcc and ninja (load_inline), or c++.
 
     python kernel.py           check and time the GPU; without one, check the CPU
     python kernel.py --cpu     check and time the CPU: tokens a second, dense against packed
@@ -587,7 +588,7 @@ extern "C" void awq_cpu(const float* x,         // [M, K]
 
 
 # --- both sources built and called ----------------------------------------------------------------
-# float(v) and T(v) of 16-bit numbers are written so, which torch's flags would forbid.
+# Against torch's flags, which forbid the float(v) and T(v) of 16-bit numbers in the text above.
 CUDA_FLAGS = ["-O3", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 
 
@@ -625,6 +626,7 @@ def cpu_library():
 
 
 def no_library(device, reason):
+    """None, with a warning"""
     warnings.warn(f"AWQ's {device} kernel cannot be built, so a product dequantizes the weight and "
                   f"multiplies: {reason}")
 
@@ -746,7 +748,8 @@ class AWQLinear(nn.Module):
                              ("bias", bias)):
             self.register_buffer(name, None if tensor is None else tensor.detach())
 
-    def forward(self, x):
+    def forward(self, input):
+        x = input  # nn.Linear's name for it, by which it may be called
         if x.dtype not in DTYPES or x.shape[-1:] != (self.in_features,) or (
                 x.device != self.scales.device):
             raise ValueError(

@@ -52,7 +52,7 @@ def inverse_factor(C):
 
 
 def shrunk(C, tokens):
-    """C + K / T diag(C), of T tokens: its channels less certain to go together. [K, K]
+    """C + K / T diag(C), of T tokens: what is off the diagonal counts less. [K, K]
 
     not in the papers: off its diagonal an entry of C is uncertain by about sqrt(C_ii C_jj / T), and
     K of them move a weight. With few tokens gptq and descend would fit that noise.

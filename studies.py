@@ -1,13 +1,14 @@
 """The AWQ paper's tables and the questions people ask, measured; RESULTS.md, written whole.
 
-    python studies.py                               # all studies of tinylm and SmolLM2, RESULTS.md
+    python studies.py                               # the usual ones of both models, RESULTS.md
     python studies.py --model smollm2               # of one; the other's come from results/
     python studies.py salience scale --windows 20   # these, printed only (--write: kept as well)
 
 A study measures on eval.py's Bench. Its docstring is its title, what the paper claims, and what a
 model shows, as a template of the study's facts. Answers are kept in results/MODEL.json with their
 set-up and command; RESULTS.md and pictures/ are drawn from these files, so no figure there is typed
-by hand. The studies look at the first of --bits.
+by hand. Most studies look at the first of --bits only. What takes longer than usual (autoround,
+calibration with 128 sequences, cost) is run by name, as the command below its table says.
 """
 import argparse
 import copy
@@ -363,7 +364,7 @@ def by_gradient(weights, C, s, bits, G, steps=80):
 
 
 def refined_search(refine, search=awq.search_scale):
-    """awq.search_scale, its s refined channel by channel where that lowers the loss."""
+    """awq.search_scale, its s refined where that lowers the loss."""
     def refined(weights, C, s_X, how):
         found, rtn, curve = search(weights, C, s_X, how)
         if not how.scale or len(s_X.unique()) < len(s_X):   # shared by heads: must stay equal
@@ -653,8 +654,9 @@ def render(results, architectures=None):
     setups = dict.fromkeys(f"- {describe(record['setup'])}" for record in records)
     minutes = sum(record["seconds"] for record in records) / 60
     parts = ["# Results\n\nEverything measured here, by `python studies.py`, which writes this "
-             "file whole from results/*.json. The protocol is in the docstring of eval.py; a "
-             "perplexity is per token of a model's own vocabulary, bits a byte compare.\n",
+             "file whole from results/*.json. The command below a table prints it again, and with "
+             "--write keeps it here. The protocol is in the docstring of eval.py; a perplexity is "
+             "per token of a model's own vocabulary, bits a byte compare.\n",
              "\n".join(setups), f"\n{minutes:.0f} minutes in all.\n"]
     for name in STUDIES:
         kept = {model: records[name] for model, records in results.items() if name in records}
@@ -663,10 +665,10 @@ def render(results, architectures=None):
     if architectures:
         parts.append(architectures_section(architectures))
     parts.append("## Published numbers\n\nWikiText-2, windows of 2048, groups of 128, from the "
-                 "paper's first version (arXiv 2306.00978v1, Tables 3 and 4). `python eval.py "
-                 "--model ...` on one of these models prints them beside its own. A circulating "
-                 "summary gives \"RTN 73.2, GPTQ 68.4, AWQ 68.1\" for LLaMA-7B: that matches no "
-                 f"published table.\n\n{published_table()}\n")
+                 "paper (arXiv 2306.00978 in a version that has Llama-2, Tables 3 and 4). `python "
+                 "eval.py --model ...` on one of these models prints them beside its own. A "
+                 "circulating summary gives \"RTN 73.2, GPTQ 68.4, AWQ 68.1\" for LLaMA-7B: that "
+                 f"matches no published table.\n\n{published_table()}\n")
     return "\n".join(parts)
 
 

@@ -29,7 +29,7 @@ def test_the_signature_that_autoawq_had(folder, tmp_path):
     config = {"w_bit": 3, "q_group_size": 32, "zero_point": True, "version": "GEMM"}
     report = model.quantize(model.tokenizer, config, [CODE, CODE], split="train",
                             text_column="text", duo_scaling=False, export_compatible=False,
-                            apply_clip=False, n_parallel_calib_samples=2, max_calib_samples=2,
+                            apply_clip=False, n_parallel_calib_samples=None, max_calib_samples=2,
                             max_calib_seq_len=48, max_chunk_memory=2 ** 30, progress=False)
     assert (report["bits"], report["group_size"]) == (3, 32)
     assert not any(clipped for line in report["groups"] for _, clipped, _ in line["curve"])

@@ -85,24 +85,20 @@ def test_folds_are_found_and_leave_the_model_as_it_was(model_type, changes, expe
 
 
 @given(st.integers(0, 2 ** 31), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-       st.booleans(), st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
-def test_scaling_equivalence(seed, dtype, powers, index):
-    """(W diag(s)) (diag(1/s) x) = W x: to the last bit for powers of two, else nearly."""
+       st.integers(0, 3))
+@settings(max_examples=30)
+def test_scaling_equivalence(seed, dtype, index):
+    """(W diag(s)) (diag(1/s) x) = W x but for rounding, of any s."""
     generator = torch.Generator().manual_seed(seed)
     model = llama(dtype, layers=1, seed=seed % 10)
     tokens = torch.randint(0, 96, (2, 8), generator=generator)
     before, found = model(tokens).logits, plan(model)
     group, block = found.groups[0][index], found.blocks[0]
-    s = 2 * torch.rand(int(group.fold.rows.max()) + 1, generator=generator) + 0.5
-    s = (2.0 ** s.round() if powers else s)[group.fold.rows]
+    rows = group.fold.rows
+    s = 2 * torch.rand(int(rows.max()) + 1, generator=generator)[rows] + 0.5
     blocks.divide_output(block, group.fold, s)
     blocks.multiply_inputs(block, group.layers, s)
-    after = model(tokens).logits
-    if powers:
-        assert torch.equal(after, before)
-    else:
-        assert (after - before).norm() <= 8 * torch.finfo(dtype).eps * before.norm()
+    assert (model(tokens).logits - before).norm() <= 8 * torch.finfo(dtype).eps * before.norm()
 
 
 def test_weights_that_are_zero_do_not_hide_folds_nor_does_a_plan_change_the_model():
@@ -137,7 +133,7 @@ class InPlace(Mlp):
 
 
 class Fused(Mlp):
-    """gate and up in one Linear, and a norm that multiplies by 1 + weight."""
+    """gate and up in one Linear, down called by keyword, a norm that multiplies by 1 + weight."""
 
     def __init__(self, up_first):
         super().__init__()
@@ -149,7 +145,7 @@ class Fused(Mlp):
         self.norm(hidden_states)            # seen to run, without effect
         a, b = self.up(x).chunk(2, -1)
         up, gate = (a, b) if self.up_first else (b, a)
-        return hidden_states + self.down(nn.functional.silu(gate) * up)
+        return hidden_states + self.down(input=nn.functional.silu(gate) * up)
 
 
 class HeadNorm(nn.Module):
@@ -169,6 +165,18 @@ class Leaves(Mlp):
     def forward(self, hidden_states, store):
         store["up"] = self.up(self.norm(hidden_states))
         return hidden_states + self.down(nn.functional.relu(store["up"]))
+
+
+class Numbered(Mlp):
+    """Its layers are siblings with numbers, as experts are, and of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.up, self.down = nn.Sequential(
+            nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), None, None
+
+    def forward(self, hidden_states):
+        return hidden_states + self.mlp(self.norm(hidden_states))
 
 
 class Grouped(nn.Linear):
@@ -209,6 +217,7 @@ def with_up(kind):
     (Mlp(also=nn.Linear(32, 32)), "up+also: norm, down: up", {}),
     (Mlp(also=torch.tanh), "up: -, down: up", {}),
     (InPlace(also=nn.Linear(32, 32)), "up: -, also: -, down: up", {}),
+    (Numbered(), "0: norm, 2: 0", {}),
     # what does not multiply by its weight stays, and is no place for a fold
     (with_up(Renamed), "up: norm, down: up", {}),
     (with_up(Grouped), "down: -", {"up": "a Grouped, which is not a product with its weight"}),
@@ -387,6 +396,12 @@ def test_models_that_are_not_a_row_of_blocks_are_refused(run, inner, named):
     with pytest.raises(ValueError, match=named):
         plan(model)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_that_the_text_matters_is_seen_where_all_samples_begin_alike():
+    tokens = torch.randint(0, 96, (1, 40)).repeat(2, 1)
+    with pytest.raises(ValueError, match="arguments that depend on the text"):
+        blocks.plan_model(Toy(shifted_by_text), tokens, fits)
 
 
 def test_hidden_states_by_keyword_changed_in_place_afterwards():

@@ -108,7 +108,7 @@ def test_layer_and_reference_equal_float64(shape, dtype, with_bias, bits):
     rounded = 3 * HALF_ULP[dtype]
     assert_close(kernel.reference(x, *packed, bias, bits), x, W, bias, rounded)
     layer = kernel.AWQLinear(*packed, bias, bits)
-    assert_close(layer(x), x, W, bias, 0 if bits == 4 else rounded)
+    assert_close(layer(input=x), x, W, bias, 0 if bits == 4 else rounded)
 
 
 @needs_cxx
