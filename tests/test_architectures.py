@@ -207,7 +207,7 @@ def try_type(model_type):
 
 def one_line(error):
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"/\S*/", "", text)           # of temporary folders
+    text = re.sub(r"/\S+/", "", text)           # of temporary folders
     return text if len(text) < 160 else text[:157] + "..."
 
 
