@@ -12,7 +12,7 @@ from conftest import Toy, llama, opt, small
 from datasets import Dataset
 from test_blocks import GQA, SLIDING, Experts, shifted_by_text
 from torch import nn
-from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration
+from transformers import BatchEncoding
 
 import awq
 import kernel
@@ -233,15 +233,6 @@ def changed(change):
     return make
 
 
-def with_nan(model):
-    model.model.layers[0].mlp.up_proj.weight.data[3, 4] = float("nan")
-
-
-def encoder_decoder():
-    return T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=16, d_ff=16, num_layers=1,
-                                               num_heads=2, d_kv=8))
-
-
 TOKENS = torch.arange(16).view(2, 8)
 REFUSED = [
     ({"model": changed(lambda m: setattr(m, "peft_config", {"default": None}))},
@@ -249,12 +240,14 @@ REFUSED = [
     ({"model": changed(lambda m: m.add_module("lora_A", nn.Linear(8, 8)))}, "merge it first"),
     ({"model": changed(lambda m: setattr(m.config, "quantization_config", {"quant_method": "x"}))},
      r"quantized already \(x\)"),
-    ({"model": encoder_decoder}, "encoder-decoder: a decoder-only model is needed"),
+    ({"model": changed(lambda m: setattr(m.config, "is_encoder_decoder", True))},
+     "encoder-decoder: a decoder-only model is needed"),
     ({"model": changed(lambda m: awq.round_model(m, 4, 32))}, r"quantized already \(awq\)"),
     ({"model": changed(lambda m: m.to("meta"))}, "embed_tokens.weight .* on meta"),
     ({"model": changed(lambda m: m.double())}, "embed_tokens.weight .* torch.float64"),
     ({"model": lambda: nn.Linear(4, 4)}, "model is a Linear"),
-    ({"model": changed(with_nan)}, "model.layers.0.mlp.up_proj.weight contains NaN"),
+    ({"model": changed(lambda m: m.model.norm.weight.data[3:4].fill_(torch.nan))},
+     "model.norm.weight contains NaN"),
     ({"model": lambda: Toy(shifted_by_text)}, "arguments that depend on the text"),
     ({"tokens": [[1, 2]]}, "tokens is list"),
     ({"tokens": TOKENS[0]}, r"tokens is torch.int64 \(8,\)"),
@@ -421,10 +414,8 @@ def rank_of_two(rank, folder, victim):
 def two_ranks(folder, tokens, victim=None):
     """Exit codes of two processes."""
     torch.save(tokens, folder / "tokens")
-    context = torch.multiprocessing.get_context("fork")
-    both = [context.Process(target=rank_of_two, args=(rank, folder, victim)) for rank in (0, 1)]
-    for process in both:
-        process.start()
+    both = torch.multiprocessing.start_processes(rank_of_two, (folder, victim), nprocs=2,
+                                                 join=False, start_method="fork").processes
     for process in both:
         process.join(60)
         process.kill()

@@ -163,7 +163,6 @@ def test_the_model_is_left_alone_measured_once_and_saved_as_measured(small, tmp_
     (["--json", "nowhere/out.json"], "nowhere/out.json: it is a folder, or its folder does"),
     (["--json", "."], ".: it is a folder"),
     (["--plot", "out.gif"], "--plot out.gif must end in .svg or .png"),
-    (["--study", "grid"], "unrecognized arguments: --study grid"),
 ])
 def test_bad_options_end_with_one_line_and_code_2(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

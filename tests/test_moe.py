@@ -1,33 +1,24 @@
 """Mixtures of experts: fused experts become nn.Linears, are quantized, saved and loaded."""
 import copy
-import json
+from functools import partial
 
 import pytest
 import torch
-from conftest import randomize
-from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig,
-                          Qwen2MoeConfig)
+from conftest import small
 
 import awq
 import blocks
 
-SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-MIXTRAL = MixtralConfig(num_local_experts=4, **SIZES)
-QWEN2_MOE = Qwen2MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
-                           shared_expert_intermediate_size=64, **SIZES)
-GPT_OSS = GptOssConfig(num_local_experts=4, num_experts_per_tok=2, head_dim=16, **SIZES)
-DEEPSEEK_V3 = DeepseekV3Config(
-    n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=64,
+SIZES = dict(num_hidden_layers=1, num_experts_per_tok=2, intermediate_size=96)
+mixtral = partial(small, "mixtral", num_local_experts=4, num_key_value_heads=2, **SIZES)
+qwen2_moe = partial(small, "qwen2_moe", num_experts=8, num_key_value_heads=2,
+                    moe_intermediate_size=64, shared_expert_intermediate_size=64, **SIZES)
+gpt_oss = partial(small, "gpt_oss", num_local_experts=4, num_key_value_heads=2, head_dim=16,
+                  **SIZES)
+deepseek_v3 = partial(
+    small, "deepseek_v3", n_routed_experts=8, n_group=1, topk_group=1, moe_intermediate_size=64,
     first_k_dense_replace=0, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, v_head_dim=16,
-    qk_nope_head_dim=16, **{**SIZES, "num_key_value_heads": 4})
-
-
-def random_model(config, **changes):
-    torch.manual_seed(0)
-    config = type(config)(**{**config.to_dict(), **changes})
-    return randomize(AutoModelForCausalLM.from_config(config), torch.float32)
+    qk_nope_head_dim=16, num_key_value_heads=4, **SIZES)
 
 
 def logits(model, tokens):
@@ -46,10 +37,10 @@ def plan_of(model, tokens):
 # ---- Fused experts -> nn.Linear ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, GPT_OSS, DEEPSEEK_V3])
-def test_unfused_experts_make_the_same_outputs_and_share_the_memory(config, tokens):
+@pytest.mark.parametrize("build", [mixtral, gpt_oss, deepseek_v3])
+def test_unfused_experts_make_the_same_outputs_and_share_the_memory(build, tokens):
     """Concatenated, or interleaved and transposed with biases and a clamp (gpt_oss)."""
-    model = random_model(config)
+    model = build()
     expected = logits(model, tokens)
     memory = experts_in(model).down_proj.untyped_storage().data_ptr()
     assert blocks.unfuse_experts(model, "model.layers", lambda layer: "") == {}
@@ -61,7 +52,7 @@ def test_unfused_experts_make_the_same_outputs_and_share_the_memory(config, toke
 
 
 def test_experts_that_do_not_compare_equal_stay_fused_and_are_named(tokens, monkeypatch):
-    model, run = random_model(MIXTRAL), blocks.run_experts
+    model, run = mixtral(), blocks.run_experts
     monkeypatch.setattr(blocks, "run_experts", lambda *args: 1.01 * run(*args))
     expected = logits(model, tokens)
     assert blocks.unfuse_experts(model, "model.layers", lambda layer: "") == {
@@ -71,7 +62,7 @@ def test_experts_that_do_not_compare_equal_stay_fused_and_are_named(tokens, monk
 
 
 def test_experts_that_do_not_fit_stay_fused_with_the_reason(tokens, tmp_path):
-    model = random_model(MIXTRAL, intermediate_size=72)
+    model = mixtral(intermediate_size=72)
     report = awq.quantize_model(model, tokens, 4, 32, progress=False)
     assert report["skipped"]["model.layers.0.mlp.experts"] == (
         "69% of the model in full precision: fused experts: in_features 72 is not a multiple of "
@@ -79,22 +70,22 @@ def test_experts_that_do_not_fit_stay_fused_with_the_reason(tokens, tmp_path):
     awq.save_quantized(model, tmp_path / "model")
     loaded = awq.load_quantized(tmp_path / "model")
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
-    config = json.loads((tmp_path / "model/config.json").read_text())["quantization_config"]
-    assert "model.layers.0.block_sparse_moe.experts" in config["modules_to_not_convert"]
+    assert "model.layers.0.block_sparse_moe.experts" in (
+        model.config.quantization_config["modules_to_not_convert"])
 
 
 # ---- What reads what -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config, count, up", [
-    (MIXTRAL, 4, "w3"), (QWEN2_MOE, 9, "up_proj"), (DEEPSEEK_V3, 9, "up_proj"), (GPT_OSS, 4, None)])
-def test_experts_share_s_with_the_router_and_down_folds_into_its_own_up(config, count, up, tokens):
+@pytest.mark.parametrize("build, count, up", [
+    (mixtral, 4, "w3"), (qwen2_moe, 9, "up_proj"), (deepseek_v3, 9, "up_proj"), (gpt_oss, 4, None)])
+def test_experts_share_s_with_the_router_and_down_folds_into_its_own_up(build, count, up, tokens):
     """gpt_oss adds 1 to what up makes: no row can be scaled there, and that is found out.
 
     Every expert is planned (one of them may be shared), whatever the router's biases are.
     """
-    model = random_model(config)
-    if config is DEEPSEEK_V3:
+    model = build()
+    if build is deepseek_v3:
         model.model.layers[0].mlp.gate.e_score_correction_bias[3] = -100
     groups = [group for group in plan_of(model, tokens).groups[0] if "mlp" in group.layers[0]]
     first, downs = groups[0], groups[1:]
@@ -111,14 +102,14 @@ def test_many_experts_are_proven_at_once(tokens, monkeypatch):
     proofs, prove = [], blocks.folds_are_exact
     monkeypatch.setattr(blocks, "folds_are_exact",
                         lambda *args: proofs.append(prove(*args)) or proofs[-1])
-    few = len(plan_of(random_model(QWEN2_MOE), tokens).groups[0]), len(proofs)
-    many = len(plan_of(random_model(QWEN2_MOE, num_experts=24), tokens).groups[0]), len(proofs)
+    few = len(plan_of(qwen2_moe(), tokens).groups[0]), len(proofs)
+    many = len(plan_of(qwen2_moe(num_experts=24), tokens).groups[0]), len(proofs)
     assert many == (few[0] + 16, 2 * few[1])
 
 
 def test_a_router_that_is_left_out_is_found_out(tokens):
     """Top-1 of normed weights: the router decides only which expert runs. Its columns count."""
-    model = random_model(MIXTRAL, num_experts_per_tok=1)
+    model = mixtral(num_experts_per_tok=1)
     plan = plan_of(model, tokens)
     group = next(group for group in plan.groups[0] if group.kept)
     probe = blocks.Probe(plan.blocks[0], plan.calls[0], plan.hidden)
@@ -131,14 +122,14 @@ def test_a_router_that_is_left_out_is_found_out(tokens):
 
 
 def test_tuning_leaves_an_expert_that_a_batch_does_not_reach(tokens):
-    model = random_model(MIXTRAL)
+    model = mixtral()
     report = awq.quantize_model(model, tokens[:1, :1], 3, 32, progress=False, rounding="tuned")
     assert logits(model, tokens).isfinite().all() and any(
         "too few" in line["reason"] for line in report["groups"])
 
 
 def test_statistics_of_gate_and_up_are_those_of_the_whole_input(tokens):
-    model = random_model(MIXTRAL)
+    model = mixtral()
     plan, seen = plan_of(model, tokens), []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     hidden = blocks.first_hidden(model, plan.blocks, tokens)
@@ -151,7 +142,7 @@ def test_statistics_of_gate_and_up_are_those_of_the_whole_input(tokens):
 
 def test_with_planted_outliers_awq_beats_rounding_in_every_group_of_experts(tokens):
     """Channels 20 times as large as they come, in what gate and up read and in what down reads."""
-    model = random_model(MIXTRAL)
+    model = mixtral()
     with torch.no_grad():
         model.model.layers[0].post_attention_layernorm.weight[::13] *= 20
         experts_in(model).gate_up_proj[:, -90::24] *= 20        # rows of up
@@ -166,7 +157,7 @@ def test_with_planted_outliers_awq_beats_rounding_in_every_group_of_experts(toke
 
 
 def test_a_token_touches_only_the_experts_that_are_chosen(tokens):
-    model = random_model(MIXTRAL)
+    model = mixtral()
     awq.round_model(model, 4, 32)
     chosen, gate = [], model.model.layers[0].mlp.gate
     gate.register_forward_hook(lambda _, args, made: chosen.extend(made[-1].unique().tolist()))
@@ -180,37 +171,8 @@ def test_a_token_touches_only_the_experts_that_are_chosen(tokens):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_as_autoawq_would_write_it_and_loads(tokens, tmp_path):
-    """Made by hand from a plain checkpoint: packed experts under w1, w2, w3, the router plain."""
-    model = random_model(MIXTRAL)
-    model.save_pretrained(tmp_path / "hand")
-    tensors = load_file(tmp_path / "hand/model.safetensors")
-    for name in [name for name, W in tensors.items() if "layers" in name and W.ndim == 2
-                 and not name.endswith("gate.weight")]:
-        q, delta, zero = awq.quantize(tensors.pop(name), 4, 32)
-        path = name.removesuffix("weight")
-        tensors |= {path + "qweight": awq.pack(q.T), path + "qzeros": awq.pack(zero.T),
-                    path + "scales": delta.T.contiguous()}
-    assert "model.layers.0.block_sparse_moe.experts.3.w2.qweight" in tensors
-    save_file(tensors, tmp_path / "hand/model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "hand/config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm",
-        "modules_to_not_convert": ["gate"]}
-    (tmp_path / "hand/config.json").write_text(json.dumps(config))
-    awq.round_model(model, 4, 32)
-    awq.save_quantized(model, tmp_path / "ours")
-    ours = load_file(tmp_path / "ours/model.safetensors")
-    assert ours.keys() == tensors.keys() and all(torch.equal(ours[x], tensors[x]) for x in ours)
-    config = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
-    assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.block_sparse_moe.gate"]
-    for folder in ("hand", "ours"):
-        loaded = awq.load_quantized(tmp_path / folder)
-        assert torch.equal(logits(loaded, tokens), logits(model, tokens))
-
-
 def test_a_router_that_chooses_more_experts_than_there_are(tokens):
-    model = random_model(MIXTRAL)
+    model = mixtral()
     for module in model.modules():
         if hasattr(module, "top_k"):
             module.top_k = 99
