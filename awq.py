@@ -26,7 +26,7 @@ far to go is searched, with X in rows, so that Y = X W^T:
     q           Round(.)     [N, K] integers in [0, 2^bits - 1]                        Eq. 1
     W_hat, Q    Q(w)         [N, K] what they stand for, (q - zero) delta              Eq. 1
     G           -            channels of a row that share a step and a zero point (128 there)
-    C           -            [K, K] Gram matrix X^T X / T (half of GPTQ's Hessian)
+    C           -            [K, K] Gram matrix X^T X / T (GPTQ's Hessian, but for a factor)
     keep        -            [2, N, K/G] clipping: the part kept of a group's lower, upper end
 
 L(s) needs no activations once C is known: with E = Q(W diag(s)) diag(1/s) - W,

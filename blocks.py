@@ -483,7 +483,9 @@ def candidate_folds(probe, earlier, layer):
                 yield Fold(name, torch.arange(K))
                 yield Fold(name, torch.arange(K), power=0.5)
                 continue
-            for first, count in [(0, R)] + [(R - K, K), (0, K)] * (R > K):  # v in a fused qkv, up
+            # any rows: v repeated for several heads; the last or first K: v after q and k, or up
+            # beside its gate, of which all would be more than what is linear
+            for first, count in [(0, R)] + [(R - K, K), (0, K)] * (R > K):
                 rows = trace_rows(probe, name, layer, first, count)
                 if rows is not None:
                     yield Fold(name, rows)

@@ -120,6 +120,7 @@ def test_a_run_prints_the_table_and_writes_the_same_numbers(small, tmp_path, cap
     setup, rows = result["setup"], result["rows"]
     assert out.startswith(evaluation.describe(setup) + "\n\n| method |")
     assert out.strip().endswith(evaluation.table(rows)) and setup["seed"] == 3
+    assert setup["whole"] is False      # of the text there are 4 windows
     assert [r["method"] for r in rows] == list(evaluation.METHODS)
     assert [r["bits"] for r in rows] == [
         16, *(method.bits or 3 for method in list(evaluation.METHODS.values())[1:])]

@@ -140,7 +140,8 @@ def test_cpu_kernel_is_built_once_and_is_what_the_layer_uses(anew, monkeypatch, 
     assert kernel.cpu_library.__wrapped__() and built.stat().st_mtime_ns == time_built
 
 
-def test_no_compiler_is_a_warning_with_the_reason_and_the_same_numbers(anew, monkeypatch):
+def test_no_compiler_is_a_warning_with_the_reason_and_the_same_numbers(anew, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     packed, x = random_packed(32, 128, 64, 0), torch.randn(2, 128)
     with pytest.warns(UserWarning, match="dequantizes the weight.*no-such-compiler"):
@@ -507,8 +508,8 @@ def test_every_kernel_equals_float64():
     check_fused(1, 24, 3328, 128, torch.float16)
     check_fused(5, 24, 2080, 32, torch.bfloat16, splits=2)
     check_fused(9, 72, 1160, 1160, torch.float16)
-    check_fused(17, 24, 2048, 64, torch.float16, splits=2)
-    check_fused(65, 24, 768, 128, torch.bfloat16)
+    check_fused(17, 24, 2048, 64, torch.float16, splits=3)  # for 16 units and 8 warps only 2
+    check_fused(65, 24, 2048, 128, torch.bfloat16)
     check_fused(9, 64, 128, 128, torch.float16)
 
 

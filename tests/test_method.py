@@ -185,6 +185,7 @@ def test_search_is_never_worse_than_rtn(seed, bits, clip, scale):
     assert found.loss <= rtn.loss and found.loss <= min(loss for _, loss in curve)
     assert rtn.loss == pytest.approx(awq.output_error(Q(W, bits, 32) - W, C), rel=1e-4)
     assert clip == any(keep.min() < 1 for keep in found.keeps)
+    assert clip == any((keep[0] != keep[1]).any() for keep in found.keeps)  # each end on its own
     error = torch.cat([Q(W_i * found.s, bits, 32, keep) / found.s - W_i
                        for W_i, keep in zip(weights, found.keeps)]).double() @ X.double().T
     assert found.loss == pytest.approx(error.square().sum().item() / len(X), rel=1e-3)
@@ -245,6 +246,15 @@ def test_keep_is_the_best_of_its_list_for_every_group(scaled):
         best = torch.stack([group_losses(W, C, s, trial) for trial in trials]).amin(0)
         assert torch.allclose(group_losses(W, C, s, found), best, rtol=1e-3)
     assert (upper[0] != both[0]).any() and (upper[1] != both[1]).any()
+
+
+def test_dead_channels_and_silent_layers_have_finite_scales():
+    W, X = layer(2)
+    X[:, :5] = 0
+    found, _, curve = search(W, X)
+    assert found.alpha > 0 and all(math.isfinite(loss) for _, loss in curve)
+    silent, _, _ = search(W, 0 * X)
+    assert silent.loss == 0 and torch.equal(silent.s, torch.ones(64))
 
 
 @given(SEEDS, st.floats(0, 1))
